@@ -1,0 +1,51 @@
+"""Callbacks that make a PyTorch Lightning model robust, and tell whether it is.
+
+Names are resolved when they are first used: importing the package imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_robust._version import __version__
+
+if TYPE_CHECKING:
+    from lightning_robust.attach.checkpoint import read_entry
+    from lightning_robust.attacks import NFGSM, PGD, ThreatModel
+    from lightning_robust.callbacks import AdversarialTraining, RobustAccuracy
+    from lightning_robust.modes import frozen
+    from lightning_robust.pixels import PixelSpace
+
+__all__ = [
+    "NFGSM",
+    "PGD",
+    "AdversarialTraining",
+    "PixelSpace",
+    "RobustAccuracy",
+    "ThreatModel",
+    "__version__",
+    "frozen",
+    "read_entry",
+]
+
+_HOME = {
+    "NFGSM": "attacks",
+    "PGD": "attacks",
+    "AdversarialTraining": "callbacks",
+    "PixelSpace": "pixels",
+    "RobustAccuracy": "callbacks",
+    "ThreatModel": "attacks",
+    "frozen": "modes",
+    "read_entry": "attach.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""How we hold on to a module that nobody here wrote, and let go of it."""

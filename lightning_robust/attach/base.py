@@ -1,0 +1,127 @@
+"""One callback base for both Lightning namespaces: attach in ``fit``, let go in every way that a fit can end."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from lightning_robust._version import __version__
+from lightning_robust.attach.checkpoint import read_entry, record_into_every_checkpoint, write_entry
+from lightning_robust.attach.probe import Probe, Route
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback as _Callback
+else:
+    from pytorch_lightning import Callback as _PytorchLightningCallback
+
+    _bases = (_PytorchLightningCallback,)
+    if importlib.util.find_spec("lightning") is not None:
+        from lightning.pytorch import Callback as _LightningCallback
+
+        _bases += (_LightningCallback,)
+    _Callback = type("_Callback", _bases, {})
+
+__all__ = ["RobustCallback", "log"]
+
+log = logging.getLogger("lightning_robust")
+if not logging.root.handlers and not log.handlers:
+    # As Lightning does: an application that configures no logging still sees what was found.
+    _handler = logging.StreamHandler()
+    _handler.setFormatter(logging.Formatter("lightning_robust: %(message)s"))
+    log.addHandler(_handler)
+    log.setLevel(logging.INFO)
+
+
+class RobustCallback(_Callback):
+    """What all callbacks of this package share: keys, the checkpoint entry, and clean ends.
+
+    A subclass attaches in :meth:`attach` and registers what undoes it with :meth:`on_detach`. Detaching happens in
+    ``on_fit_end``, ``teardown`` and ``on_exception``, since Lightning skips ``teardown`` after an exception.
+
+    Args:
+        area: First part of the log keys.
+        name: Tells two callbacks of one class apart; follows the area (``robust.strong/val/accuracy``).
+        probe: How this callback reads steps.
+    """
+
+    def __init__(self, area: str, name: str | None, probe: Probe) -> None:
+        super().__init__()
+        self.area = area if name is None else f"{area}.{name}"
+        self.name = name
+        self.probe = probe
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def state_key(self) -> str:
+        """Unique among callbacks of one class with different names."""
+        return f"{type(self).__qualname__}{{'name': {self.name!r}}}"
+
+    def key(self, stage: str, metric: str) -> str:
+        """A log key, ``area/stage/metric``."""
+        return f"{self.area}/{stage}/{metric}"
+
+    def attach(self, trainer: Any, pl_module: Any) -> None:
+        """Attach to the module at the start of a fit; for subclasses."""
+
+    def section(self) -> Mapping[str, Any]:
+        """What this callback writes into checkpoints, by section; for subclasses."""
+        return {}
+
+    def on_detach(self, undo: Callable[[], None]) -> None:
+        """Register what is to be undone at the end, whatever the end."""
+        self._undo.append(undo)
+
+    def say(self, trainer: Any, message: str) -> None:
+        """One line to the user, from one process."""
+        if trainer.is_global_zero:
+            log.info(message)
+
+    # -- Lightning's hooks ---------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self._detach()  # a second fit, or one after a crash in somebody else's hook
+        first = next(c for c in trainer.callbacks if isinstance(c, RobustCallback))
+        if first is self:
+            # One patch for all of us, in the hands of the first.
+            self.on_detach(record_into_every_checkpoint(pl_module, lambda: _sections(trainer), __version__))
+        self.attach(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self._detach()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._detach()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._detach()
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # For full checkpoints after fit, when the module is no longer patched.
+        write_entry(checkpoint, _sections(trainer), __version__)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        try:
+            routes = read_entry(checkpoint).get("route", {})
+        except KeyError:
+            return  # saved by a run without us: nothing is known beforehand
+        for step, route in routes.items():
+            self.probe.routes.setdefault(step, Route.from_dict(route))
+
+    def _detach(self) -> None:
+        with ExitStack() as stack:  # runs all, also if one raises
+            for undo in self._undo:
+                stack.callback(undo)
+            self._undo = []
+
+
+def _sections(trainer: Any) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for callback in trainer.callbacks:
+        if isinstance(callback, RobustCallback):
+            routes = {step: route.to_dict() for step, route in callback.probe.routes.items()}
+            for name, content in {"route": routes, **callback.section()}.items():
+                merged[name] = {**merged.get(name, {}), **content}
+    return merged

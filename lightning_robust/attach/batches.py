@@ -1,0 +1,121 @@
+"""Batches of any make: where their tensors are, and the same batch with some of them replaced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Path", "as_path", "described", "get", "leaves", "rebuilt", "shown"]
+
+Path = tuple[str | int, ...]
+"""Where a leaf is: keys, indices and attribute names from the batch inwards. A bare tensor has the path ``()``."""
+
+
+def as_path(key: str | int | tuple[str | int, ...]) -> Path:
+    """The path that a user's ``input_key=`` or ``target_key=`` names."""
+    return tuple(key) if isinstance(key, (tuple, list)) else (key,)
+
+
+def _items(node: Any) -> list[tuple[str | int, Any]] | None:
+    """The children of a container, or None for a leaf."""
+    if isinstance(node, Mapping):
+        return list(node.items())
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return list(zip(node._fields, node, strict=True))
+    if isinstance(node, (list, tuple)):
+        return list(enumerate(node))
+    plain_object = hasattr(node, "__dict__") and not isinstance(node, (Tensor, nn.Module, type)) and not callable(node)
+    return list(vars(node).items()) if plain_object else None
+
+
+def leaves(batch: Any) -> Iterator[tuple[Path, Any]]:
+    """All leaves of a batch (lists, tuples, mappings, named tuples, dataclasses and plain objects) with their paths.
+
+    Example:
+        >>> list(leaves({"image": 1, "meta": [2, None]}))
+        [(('image',), 1), (('meta', 0), 2), (('meta', 1), None)]
+    """
+    items = _items(batch)
+    if items is None:
+        yield (), batch
+        return
+    for name, child in items:
+        for path, leaf in leaves(child):
+            yield (name, *path), leaf
+
+
+def get(batch: Any, path: Path) -> Any:
+    """The leaf at a path.
+
+    Raises:
+        KeyError: If the batch has nothing there; the message lists what it has.
+    """
+    node = batch
+    for name in path:
+        children = dict(_items(node) or [])
+        # A named tuple may be addressed by position as well.
+        if name not in children and isinstance(name, int) and isinstance(node, tuple) and -len(node) <= name < len(node):
+            node = node[name]
+        elif name in children:
+            node = children[name]
+        else:
+            raise KeyError(f"the batch has nothing at {shown(path)}; it has {', '.join(shown(p) for p, _ in leaves(batch))}.")
+    return node
+
+
+def rebuilt(batch: Any, replace: Mapping[Path, Any], leaf: Callable[[Any], Any] = lambda value: value) -> Any:
+    """A batch of the same make in new containers: some leaves replaced, the others passed through ``leaf``.
+
+    Example:
+        >>> batch = {"image": 1, "meta": [2, 3]}
+        >>> rebuilt(batch, {("meta", 0): 20}), batch
+        ({'image': 1, 'meta': [20, 3]}, {'image': 1, 'meta': [2, 3]})
+    """
+    return _rebuilt(batch, (), replace, leaf)
+
+
+def _rebuilt(node: Any, here: Path, replace: Mapping[Path, Any], leaf: Callable[[Any], Any]) -> Any:
+    if here in replace:
+        return replace[here]
+    items = _items(node)
+    if items is None:
+        return leaf(node)
+    children = {name: _rebuilt(child, (*here, name), replace, leaf) for name, child in items}
+    if isinstance(node, Mapping):
+        fresh = copy.copy(node)  # keeps the type: defaultdict, OrderedDict, a tokenizer's BatchEncoding
+        if isinstance(fresh, dict) or hasattr(fresh, "__setitem__"):
+            for name, child in children.items():
+                fresh[name] = child
+            return fresh
+        return type(node)(children)  # type: ignore[call-arg]  # immutable mappings take a mapping
+    if isinstance(node, tuple):
+        return type(node)(*children.values()) if hasattr(node, "_fields") else type(node)(children.values())
+    if isinstance(node, list):
+        return type(node)(children.values())
+    fresh = copy.copy(node)
+    for name, child in children.items():
+        object.__setattr__(fresh, str(name), child)  # also where the dataclass is frozen
+    return fresh
+
+
+def shown(path: Path) -> str:
+    """A path as a person would write it: ``batch['image']``, ``batch[0][1]``.
+
+    Example:
+        >>> shown((0, "image"))
+        "batch[0]['image']"
+    """
+    return "batch" + "".join(f"[{name!r}]" for name in path)
+
+
+def described(batch: Any) -> str:
+    """Every leaf with its type and shape, for error messages."""
+    parts = []
+    for path, leaf in leaves(batch):
+        what = f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+        parts.append(f"{shown(path)} {what}")
+    return ", ".join(parts[:12]) + (f" and {len(parts) - 12} more" if len(parts) > 12 else "") or "an empty batch"

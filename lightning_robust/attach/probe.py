@@ -1,0 +1,458 @@
+"""The probe: reads inputs, logits and targets out of the user's own step.
+
+The step runs up to its first loss call and is stopped there, so that nothing behind the loss (logging, metrics,
+optimizer steps) happens twice. No assumption is made about how a batch looks or which way leads to the network.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_robust.attach.batches import Path, as_path, described, get, leaves, rebuilt, shown
+from lightning_robust.attach.step import Step, defines
+from lightning_robust.losses import LOSSES, LossCall
+from lightning_robust.modes import frozen
+from lightning_robust.randomness import RandomState, reseed
+
+__all__ = ["CannotRead", "LossWatcher", "Probe", "Reading", "Route"]
+
+_TORCH = str(FilePath(torch.__file__).parent)
+# Where a loss is written by hand, the logits went through one of these.
+_SQUASHING = {
+    F.softmax, F.log_softmax, F.logsigmoid, F.sigmoid, torch.softmax, torch.log_softmax, torch.sigmoid, torch.logsumexp,
+    Tensor.softmax, Tensor.log_softmax, Tensor.sigmoid, Tensor.logsumexp,
+}  # fmt: skip
+
+
+class CannotRead(RuntimeError):
+    """A step could not be read; the message says what was found and which argument helps."""
+
+
+class _Stop(BaseException):
+    """Ends a step where its logits are known. Not an Exception: user code that catches those must not see it."""
+
+
+class LossWatcher(TorchFunctionMode):
+    """Sees the loss calls of whatever runs inside.
+
+    Args:
+        index: Which loss call is wanted, 0 for the first.
+        stop: End the step there.
+    """
+
+    def __init__(self, index: int = 0, *, stop: bool = False) -> None:
+        super().__init__()
+        self.index, self.stop = index, stop
+        self.count = 0
+        self.call: LossCall | None = None
+        self.hint: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in LOSSES:
+            if self.count == self.index:
+                self.call = LossCall.from_arguments(func, args, kwargs)
+                if self.stop:
+                    raise _Stop
+            self.count += 1
+        elif func in _SQUASHING and args and isinstance(args[0], Tensor):
+            self.hint = f"{getattr(func, '__name__', 'a softmax')} of a tensor {tuple(args[0].shape)} {_place()}"
+        return func(*args, **kwargs)
+
+
+def _place() -> str:
+    frame = sys._getframe(2)
+    while frame.f_back is not None and (frame.f_code.co_filename.startswith(_TORCH) or frame.f_code.co_filename == __file__):
+        frame = frame.f_back
+    return f"in {frame.f_code.co_name} ({FilePath(frame.f_code.co_filename).name}:{frame.f_lineno})"
+
+
+@dataclass(frozen=True)
+class Route:
+    """How to get from a batch to logits and targets; found once per kind of step, stored in checkpoints.
+
+    Attributes:
+        step: The step that is run.
+        input: Where in the batch the input is.
+        target: Where the loss's target is, if it is a leaf of the batch.
+        kind: The loss that was called.
+        module: Name of the submodule whose output is the logits, if there is one (``""`` is the module itself).
+        stop_at_module: Stop at that module's output instead of at a loss (steps that compute none).
+    """
+
+    step: str
+    input: Path
+    target: Path | None
+    kind: str
+    module: str | None = None
+    stop_at_module: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and strings, for checkpoints."""
+        plain = asdict(self)
+        return {**plain, "input": list(self.input), "target": None if self.target is None else list(self.target)}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Route:
+        """The inverse of :meth:`to_dict`."""
+        target = plain["target"]
+        return cls(**{**plain, "input": tuple(plain["input"]), "target": None if target is None else tuple(target)})
+
+
+class Reading:
+    """One batch, ready to be read any number of times; made by :meth:`Probe.reading`.
+
+    Every read starts from the same random state as the real step, so that mixup in the step mixes the same pairs.
+
+    Attributes:
+        x: The input, ``(N, ...)``.
+        call: The loss call of the last read.
+    """
+
+    def __init__(self, probe: Probe, route: Route, step: Step, state: RandomState) -> None:
+        self._probe, self._route, self._step, self._state = probe, route, step, state
+        self.x: Tensor = get(step.batch, route.input)
+        self.call: LossCall | None = None
+
+    @property
+    def y(self) -> Tensor:
+        """The targets as the loss gets them."""
+        if self.call is None:
+            path = self._route.target
+            leaf = None if path is None else get(self._step.batch, path)
+            if isinstance(leaf, Tensor) and not self._probe.overridden:
+                return leaf
+            with torch.no_grad():
+                self.read(self.x)
+        if self.call is None:
+            raise CannotRead("no targets were read.")
+        return self.call.target
+
+    def read(self, x: Tensor) -> LossCall:
+        """Run the step on ``x`` in the place of the input, up to its loss."""
+        self._state.restore()
+        # Copies, since steps may write into their batch; of x as well, since a leaf must not be written to.
+        batch = rebuilt(self._step.batch, {self._route.input: x.clone()}, _copied)
+        self.call = self._probe.call(self._step.with_batch(batch), self._route)
+        return self.call
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The logits of ``x``, differentiable: the ``logits_fn`` that attacks are given."""
+        return self.read(x).logits
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The user's own loss for the last read, one number a sample: the objective that attacks climb."""
+        return self._last().again(logits).per_sample()
+
+    def margin(self, logits: Tensor, y: Tensor) -> Tensor:
+        """How far wrong answers lie above right ones, for this head."""
+        return self._last().again(logits).margin()
+
+    def _last(self) -> LossCall:
+        if self.call is None:
+            raise CannotRead("the objective was asked for before any logits were read.")
+        return self.call
+
+    def batch_with(self, x: Tensor) -> Any:
+        """The batch with ``x`` in the place of the input: new containers, everything else as it was."""
+        return rebuilt(self._step.batch, {self._route.input: x})
+
+
+def _copied(leaf: Any) -> Any:
+    # Outside inference mode a clone of an inference tensor is a normal one.
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+class Probe:
+    """Finds out how a module's steps get from a batch to logits, and reads them.
+
+    Args:
+        input_key: Where the input is, if it cannot be told: a key, an index, or a tuple of them (``("image", 0)``).
+        target_key: Where the target is, likewise.
+        logits_fn: ``(module, batch) -> logits`` for losses that no probe can see; needs ``target_key``.
+        loss_index: Which loss call of the step to read, 0 for the first.
+    """
+
+    def __init__(
+        self,
+        input_key: str | int | tuple[str | int, ...] | None = None,
+        target_key: str | int | tuple[str | int, ...] | None = None,
+        logits_fn: Callable[..., Any] | None = None,
+        loss_index: int = 0,
+    ) -> None:
+        if logits_fn is not None and target_key is None:
+            raise ValueError("logits_fn= says where logits come from; target_key= must say where their targets are, e.g. target_key=1.")
+        if loss_index < 0:
+            raise ValueError(f"loss_index= counts the loss calls of a step from 0, got {loss_index}.")
+        self.input_path = None if input_key is None else as_path(input_key)
+        self.target_path = None if target_key is None else as_path(target_key)
+        self.logits_fn, self.loss_index = logits_fn, loss_index
+        self.routes: dict[str, Route] = {}
+
+    @property
+    def overridden(self) -> bool:
+        """Whether the user said where targets are."""
+        return self.target_path is not None
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def reading(
+        self,
+        step: Step,
+        *,
+        training: bool | None = False,
+        keep_buffers: bool = False,
+        state: RandomState | None = None,
+    ) -> Iterator[Reading]:
+        """Read one step; the module is frozen meanwhile and untouched afterwards.
+
+        Args:
+            step: The call that Lightning makes (or would make).
+            training: Mode of the module: ``False`` for eval, ``None`` for as it is.
+            keep_buffers: Let BatchNorm keep what it saw.
+            state: Random state that every read starts from; by default the present one.
+
+        Raises:
+            CannotRead: If the step cannot be read.
+        """
+        route = self.routes.get(step.name) or self.discover(step)
+        with _quiet(step.module, training, keep_buffers) as now:
+            yield Reading(self, route, step, state or now)
+
+    def call(self, step: Step, route: Route) -> LossCall:
+        """Run a step (inside :func:`_quiet`) until its logits are known."""
+        if self.logits_fn is not None:
+            logits = self.logits_fn(step.module, step.batch)
+            return LossCall.for_head(logits, get(step.batch, self.target_path or ()))
+        if route.stop_at_module:
+            call = self._until_module(step, route)
+        else:
+            watcher = LossWatcher(self.loss_index, stop=True)
+            _run_until_stop(step, watcher)
+            call = self._seen(watcher, step)
+        return call if self.target_path is None else replace(call, target=get(step.batch, self.target_path))
+
+    def _seen(self, watcher: LossWatcher, step: Step) -> LossCall:
+        if watcher.call is not None:
+            return watcher.call
+        where = f"{type(step.module).__name__}.{step.name}"
+        if watcher.count:
+            raise CannotRead(f"loss_index={self.loss_index}, but {where} calls only {watcher.count} loss functions; count from 0.")
+        hint = f" The last candidate seen was {watcher.hint}." if watcher.hint else ""
+        raise CannotRead(
+            f"{where} calls none of the losses that can be read ({', '.join(sorted(set(LOSSES.values())))}).{hint} Say where "
+            f"its logits come from: logits_fn=lambda module, batch: ..., with target_key=... for the targets. "
+            f"The batch has {described(step.batch)}. Regression and detection have no logits and are not served."
+        )
+
+    def _until_module(self, step: Step, route: Route) -> LossCall:
+        found: list[Tensor] = []
+
+        def stop(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            found.append(output)
+            raise _Stop
+
+        handle = step.module.get_submodule(route.module or "").register_forward_hook(stop)
+        try:
+            _run_until_stop(step, None)
+        finally:
+            handle.remove()
+        if not found:
+            raise CannotRead(f"{type(step.module).__name__}.{step.name} does not run {route.module!r}, the module that gave logits before; give logits_fn=.")
+        target = self.target_path or route.target
+        if target is None:
+            raise CannotRead(f"{step.name} computes no loss, so its targets are unknown: say where they are with target_key=.")
+        return LossCall(route.kind, found[0], get(step.batch, target))  # type: ignore[arg-type]  # a kind, stored as text
+
+    # -- discovery -----------------------------------------------------------------------------------------------
+
+    def discover(self, step: Step) -> Route:
+        """Find the route of one kind of step on its first batch, and remember it.
+
+        Raises:
+            CannotRead: With what was found, and the argument that settles it.
+        """
+        batch = step.batch
+        if hasattr(batch, "__next__"):
+            raise CannotRead(f"{type(step.module).__name__}.{step.name} takes an iterator instead of a batch (dataloader_iter); there is no batch to read.")
+        tracked = {path: leaf for path, leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+        if not tracked:
+            raise CannotRead(
+                f"the batch of {type(step.module).__name__} has no floating-point input to differentiate: {described(batch)}. "
+                f"Token ids cannot be perturbed; cast integer images to float in the data pipeline."
+            )
+        if self.input_path is not None and self.input_path not in tracked:
+            get(batch, self.input_path)  # says what there is
+            raise CannotRead(f"input_key names {shown(self.input_path)}, which is no floating-point tensor; the batch has {described(batch)}.")
+        outputs: dict[str, list[Tensor]] = {}
+        with _quiet(step.module, False, False) as state:
+            inputs = {path: leaf.detach().clone().requires_grad_() for path, leaf in tracked.items()}
+            # Clones of the leaves: a step may normalise its batch in place, which leaves of a graph forbid.
+            fed = rebuilt(batch, {path: leaf.clone() for path, leaf in inputs.items()}, _copied)
+            state.restore()
+            with _outputs_into(outputs, step.module):
+                call = self.call(step.with_batch(fed), Route(step.name, (), None, ""))
+            path = self._input_of(call, inputs, step)
+            target = self.target_path or _target_of(call.target, batch, fed)
+            route = Route(step.name, path, target, call.kind, _producer_of(call.logits, outputs))
+        self.routes[step.name] = route
+        return route
+
+    def _input_of(self, call: LossCall, inputs: dict[Path, Tensor], step: Step) -> Path:
+        def reached(value: Tensor) -> list[Path]:
+            if not value.requires_grad:
+                return []
+            grads = torch.autograd.grad(value.sum(), list(inputs.values()), allow_unused=True, retain_graph=True)
+            return [path for path, grad in zip(inputs, grads, strict=True) if grad is not None]
+
+        # Soft labels are floats too: what the target depends on is no input.
+        from_target = reached(call.target) if call.target.is_floating_point() else []
+        candidates = [path for path in reached(call.logits) if path not in from_target]
+        if self.input_path is not None:
+            if self.input_path not in candidates:
+                raise CannotRead(f"the logits do not depend on {shown(self.input_path)} (input_key=), but on {[shown(p) for p in candidates]}.")
+            return self.input_path
+        if len(candidates) == 1:
+            return candidates[0]
+        where = f"{type(step.module).__name__}.{step.name}"
+        if candidates:
+            names = ", ".join(shown(p) for p in candidates)
+            key = candidates[0][0] if len(candidates[0]) == 1 else candidates[0]
+            raise CannotRead(f"the logits of {where} depend on several inputs: {names}. Say which one to perturb, e.g. input_key={key!r}.")
+        raise CannotRead(
+            f"no gradient reaches a floating-point input of {where}: {described(step.batch)}. Is the network (a frozen "
+            f"backbone?) run under torch.no_grad(), or are its features detached? Then no attack through gradients exists."
+        )
+
+    def for_evaluation(self, module: nn.Module, names: Sequence[str], *args: Any) -> Step:
+        """The step to read a validation or test batch through, found on the first batch.
+
+        The steps in ``names`` that the user wrote are tried in order; then the module that gave logits before (in
+        training, or in a run whose checkpoint was loaded); then ``training_step``, if two reads under different seeds
+        agree.
+
+        Raises:
+            CannotRead: If none of them works.
+        """
+        for name in names:
+            if name in self.routes:
+                return Step.of(module, self.routes[name].step, *args)
+        written = [name for name in names if defines(module, name)]
+        errors: list[str] = []
+        for name in written:
+            try:
+                self.discover(Step.of(module, name, *args))
+            except CannotRead as error:
+                errors.append(str(error))
+            else:
+                return Step.of(module, name, *args)
+        known = [route for route in self.routes.values() if route.module is not None]
+        if written and known:
+            step = Step.of(module, written[0], *args)
+            route = replace(known[0], step=step.name, target=self.target_path or known[0].target, stop_at_module=True)
+            with _quiet(module, False, False):
+                self.call(step, route)
+            self.routes[step.name] = route
+            return step
+        if defines(module, "training_step"):
+            step = Step.of(module, "training_step", *args)
+            if self._agrees_with_itself(step):
+                return step
+            errors.append("training_step draws random numbers on the way to its logits, so it cannot stand in for a validation step.")
+        raise CannotRead(" ".join(errors[:1]) or f"{type(module).__name__} defines none of {', '.join(names)}; nothing can be read.")
+
+    def _agrees_with_itself(self, step: Step) -> bool:
+        try:
+            route = self.routes.get(step.name) or self.discover(step)
+            reads = []
+            for seed in (0, 1):
+                with _quiet(step.module, False, False):
+                    reseed(seed)
+                    reads.append(self.call(step.with_batch(rebuilt(step.batch, {}, _copied)), route).logits)
+        except (RuntimeError, KeyError, IndexError, TypeError, AttributeError, ValueError):
+            return False  # a training step that cannot take a validation batch is no route; the caller reports it
+        return torch.equal(*reads)
+
+
+@contextmanager
+def _quiet(module: nn.Module, training: bool | None, keep_buffers: bool) -> Iterator[RandomState]:
+    """The module frozen, its ``log`` calls muted and its ``manual_backward`` fenced."""
+    with frozen(module, training=training, keep_buffers=keep_buffers) as state:
+        for part in module.modules():
+            if hasattr(type(part), "log_dict"):  # this module, and LightningModules inside of it
+                # Restored with all other attributes by `frozen`.
+                vars(part).update(log=_muted, log_dict=_muted, manual_backward=_fenced)
+        yield state
+
+
+def _muted(*_args: Any, **_kwargs: Any) -> None:
+    """Stands in for ``log`` and ``log_dict`` while a step is read."""
+
+
+def _fenced(*_args: Any, **_kwargs: Any) -> None:
+    raise CannotRead("the step calls manual_backward before the loss that is to be read; reading on would train. Use a smaller loss_index= or logits_fn=.")
+
+
+def _run_until_stop(step: Step, watcher: LossWatcher | None) -> None:
+    try:
+        if watcher is None:
+            step.run()
+        else:
+            with watcher:
+                step.run()
+    except _Stop:
+        return
+
+
+@contextmanager
+def _outputs_into(outputs: dict[str, list[Tensor]], module: nn.Module) -> Iterator[None]:
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                outputs.setdefault(name, []).append(output)
+
+        return hook
+
+    handles = [part.register_forward_hook(keep(name)) for name, part in module.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _producer_of(logits: Tensor, outputs: dict[str, list[Tensor]]) -> str | None:
+    """The outermost module that ran once and whose output is the logits, or a view of the same memory."""
+    for name, seen in outputs.items():
+        if len(seen) == 1 and (
+            seen[0] is logits
+            or (seen[0].data_ptr() == logits.data_ptr() and seen[0].numel() == logits.numel() and seen[0].dtype == logits.dtype)
+        ):
+            outermost = name
+            # Hooks of inner modules fire first, so a later match encloses an earlier one.
+            for later, others in outputs.items():
+                if len(others) == 1 and others[0] is seen[0]:
+                    outermost = later
+            return outermost
+    return None
+
+
+def _target_of(target: Tensor, batch: Any, fed: Any) -> Path | None:
+    """Where in the batch the loss's target is, if it is a leaf as it stands."""
+    for path, leaf in leaves(fed):
+        if isinstance(leaf, Tensor) and leaf.numel() and (leaf is target or (leaf.data_ptr() == target.data_ptr() and leaf.shape == target.shape)):
+            original = get(batch, path)
+            if original.dtype == target.dtype and torch.equal(original, target.detach()):
+                return path
+    return None

@@ -1,0 +1,86 @@
+"""N-FGSM: one gradient step from strong noise, not clipped back: adversarial training at the price of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_robust.attacks.objectives import cross_entropy, input_gradient
+from lightning_robust.attacks.threat import ThreatModel
+from lightning_robust.modes import gradients
+from lightning_robust.pixels import clamped
+from lightning_robust.protocols import LogitsFn
+from lightning_robust.randomness import Noise, uniform
+
+__all__ = ["NFGSM"]
+
+
+@dataclass(frozen=True)
+class NFGSM:
+    """One gradient-sign step from uniform noise, without clipping the sum to the ball.
+
+    ``x + eta + alpha * sign(gradient at x + eta)`` with ``eta`` uniform in ``[-noise * eps, noise * eps]``, both kept
+    in the pixel box. The result may be ``(noise + step) * eps`` away (see :attr:`reach`): this is a *training*
+    attack, to be evaluated with another one. It exists for linf only.
+
+    Args:
+        threat: The ball (linf) and the pixel space.
+        noise: Noise radius in multiples of eps.
+        step: Step size in multiples of eps.
+        objective: As in :class:`~lightning_robust.attacks.PGD`.
+
+    Raises:
+        ValueError: If the norm is not linf, noise is negative or the step is not positive.
+
+    Example:
+        >>> import torch
+        >>> w = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+        >>> attack = NFGSM(ThreatModel("linf", eps=0.1), noise=0.0)
+        >>> attack(lambda x: x @ w, torch.full((1, 2), 0.5), torch.tensor([0]))
+        tensor([[0.4000, 0.6000]])
+
+    References:
+        de Jorge et al., `Make Some Noise: Reliable and Efficient Single-Step Adversarial Training
+        <https://arxiv.org/abs/2202.01181>`_, 2022, algorithm 1.
+    """
+
+    threat: ThreatModel
+    noise: float = 2.0
+    step: float = 1.0
+    objective: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.threat.norm != "linf":
+            raise ValueError(f"NFGSM is defined for norm 'linf', got {self.threat.norm!r}; use PGD(threat, steps=2) instead.")
+        if self.noise < 0 or not self.step > 0:
+            raise ValueError(f"NFGSM needs noise >= 0 and step > 0, got noise={self.noise}, step={self.step}.")
+
+    @property
+    def reach(self) -> float:
+        """The largest distance from the clean input, in pixel units."""
+        return (self.noise + self.step) * self.threat.eps
+
+    @property
+    def name(self) -> str:
+        """Short name for log keys: ``nfgsm_linf_0.2``."""
+        return f"nfgsm_{self.threat}"
+
+    def __call__(self, logits_fn: LogitsFn, x: Tensor, y: Tensor, *, generator: Noise = None) -> Tensor:
+        """Perturb ``x`` (model inputs, ``(N, ...)``) against targets ``y``; the result has the type of ``x``.
+
+        Raises:
+            ValueError: If ``x`` lies outside the pixel space.
+        """
+        space, eps = self.threat.pixels, self.threat.eps
+        with gradients(x, y) as (x, y):
+            if space.outside == "raise":
+                space.check(x)
+            clean = space.to_pixels(x)
+            box = space.box(clean)
+            eta = (2 * uniform(clean, generator) - 1) * (self.noise * eps)
+            noisy = clamped(clean + eta, box)
+            gradient = input_gradient(self.objective or cross_entropy, logits_fn, space, noisy, y, like=x)
+            return space.to_model(clamped(noisy + self.step * eps * gradient.sign(), box), x.dtype)

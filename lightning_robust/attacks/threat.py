@@ -1,0 +1,91 @@
+"""What the adversary may do: norm and radius, in pixel units, inside a pixel space."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_robust.pixels import Box, PixelSpace, clamped
+from lightning_robust.randomness import Noise, normal, uniform
+
+__all__ = ["ThreatModel"]
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """A ball of perturbations around each input, cut by the legal pixel range.
+
+    All methods take and give *pixels*, batch first.
+
+    Args:
+        norm: ``"linf"`` (every pixel moves by at most eps) or ``"l2"`` (Euclidean length of the change, per sample).
+        eps: Radius in pixel units, e.g. ``8 / 255`` for images in [0, 1] and ``8`` for images in 0..255.
+        pixels: Bounds and normalisation of the inputs.
+
+    Raises:
+        ValueError: If the norm is unknown or eps is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> threat = ThreatModel("linf", eps=0.1)
+        >>> threat.project(torch.tensor([[0.9, 0.2]]), torch.tensor([[0.5, 0.25]]), (0.0, 1.0))
+        tensor([[0.6000, 0.2000]])
+    """
+
+    norm: Literal["linf", "l2"]
+    eps: float
+    pixels: PixelSpace = PixelSpace()
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2"):
+            raise ValueError(f"ThreatModel(norm=) must be 'linf' or 'l2', got {self.norm!r}.")
+        if isinstance(self.eps, str) or not (math.isfinite(self.eps) and self.eps >= 0):
+            raise ValueError(f"ThreatModel(eps=) must be a number >= 0 in pixel units, e.g. 8 / 255, got {self.eps!r}.")
+
+    def __str__(self) -> str:
+        return f"{self.norm}_{self.eps:.4g}"
+
+    def scaled(self, fraction: float) -> ThreatModel:
+        """The same threat with ``fraction`` of the radius."""
+        return replace(self, eps=self.eps * fraction)
+
+    def random_start(self, clean: Tensor, box: Box, noise: Noise = None) -> Tensor:
+        """A uniformly distributed point of each ball, moved into the box."""
+        if self.norm == "linf":
+            delta = (2 * uniform(clean, noise) - 1) * self.eps
+        else:
+            # Uniform in a d-ball: a uniform direction at radius eps * U^(1/d).
+            direction = self.steepest(normal(clean, noise))
+            # One radius a sample, drawn as a batch of scalars so that per-sample generators serve here too.
+            radius = uniform(clean.flatten(1)[:, :1], noise) ** (1 / max(clean[0].numel(), 1))
+            delta = direction * _per_sample(radius, clean) * self.eps
+        return clamped(clean + delta, box)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """The unit step that climbs ``gradient`` fastest in this norm; zero where the gradient is zero."""
+        if self.norm == "linf":
+            return gradient.sign()
+        length = gradient.flatten(1).norm(dim=1)
+        return gradient / _per_sample(length, gradient).clamp_min(1e-12)
+
+    def project(self, perturbed: Tensor, clean: Tensor, box: Box) -> Tensor:
+        """The nearest point of the ball, then of the box (which keeps it in the ball, as ``clean`` is in the box)."""
+        delta = perturbed - clean
+        if self.norm == "linf":
+            delta = delta.clamp(-self.eps, self.eps)
+        else:
+            length = _per_sample(delta.flatten(1).norm(dim=1), delta)
+            delta = delta * (self.eps / length.clamp_min(1e-12)).clamp(max=1.0)
+        return clamped(clean + delta, box)
+
+    def distance(self, perturbed: Tensor, clean: Tensor) -> Tensor:
+        """How far each sample was moved, ``(N,)``, in pixel units."""
+        delta = (perturbed - clean).flatten(1)
+        return delta.abs().amax(1) if self.norm == "linf" else delta.norm(dim=1)

@@ -1,0 +1,308 @@
+"""Clean and robust accuracy on the same samples, in ``fit``, ``validate`` and ``test``."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler, RandomSampler
+
+from lightning_robust.attach.base import RobustCallback
+from lightning_robust.attach.checkpoint import pack_bits, read_entry
+from lightning_robust.attach.probe import CannotRead, Probe, Reading, Route
+from lightning_robust.attacks import NFGSM, PGD, guard
+from lightning_robust.losses import LossCall
+from lightning_robust.pictures import attack_strips
+from lightning_robust.pixels import PixelSpace
+from lightning_robust.randomness import seeded
+
+__all__ = ["RobustAccuracy"]
+
+CLEAN, FIRST_ATTACK = 1, 2  # rows of the score table; row 0 counts
+
+
+class RobustAccuracy(RobustCallback):
+    """How often the model is right, and how often it stays right under attack.
+
+    Both numbers are about the same samples: the first ``max_samples`` of each loader, the same in every epoch. A sample
+    counts as robust if it is right as it is *and* under every attack. Attacks run in fp32, on random numbers of
+    their own that depend on the sample's index alone: neither the batch size nor the number of processes moves a result,
+    and the training run does not change by a bit.
+
+    Logs ``robust/val/clean_accuracy``, ``robust/val/accuracy`` (worst case over all attacks) and
+    ``robust/val/accuracy_{attack}``, with ``test`` for ``val`` in ``Trainer.test``; of several loaders the first
+    keeps these keys and the others add their name or index. Use ``ModelCheckpoint(monitor="robust/val/accuracy",
+    mode="max", auto_insert_metric_name=False)`` to keep the most robust weights. For several labels or pixels a sample,
+    "right" is the share of them that is right.
+
+    Args:
+        attacks: One attack, a list of them, or a dict that names them. Anything ``(logits_fn, x, y) -> x_adv``.
+        max_samples: How many samples of each loader are attacked.
+        examples: Rows of the example picture in TensorBoard; 0 for none.
+        seed: Of the attacks' random starts.
+        input_key: Where in the batch the input is, if it cannot be told.
+        target_key: Where the target is, if no loss tells.
+        logits_fn: ``(module, batch) -> logits`` where no loss can be read; needs ``target_key``.
+        loss_index: Which loss call of the step is read, 0 for the first.
+        name: Tells two callbacks of this class apart: keys start with ``robust.{name}``.
+
+    Raises:
+        ValueError: If there is no attack, two have one name, or max_samples is below 1.
+
+    Example:
+        >>> from lightning_robust import PGD, ThreatModel
+        >>> RobustAccuracy(PGD(ThreatModel("linf", eps=0.2), steps=20, restarts=2)).attacks.keys()
+        dict_keys(['pgd20x2_linf_0.2'])
+    """
+
+    def __init__(
+        self,
+        attacks: PGD | NFGSM | list[PGD | NFGSM | Callable[..., Any]] | dict[str, PGD | NFGSM | Callable[..., Any]] | Callable[..., Any],
+        *,
+        max_samples: int = 1000,
+        examples: int = 6,
+        seed: int = 0,
+        input_key: str | int | tuple[str | int, ...] | None = None,
+        target_key: str | int | tuple[str | int, ...] | None = None,
+        logits_fn: Callable[..., Any] | None = None,
+        loss_index: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__("robust", name, Probe(input_key, target_key, logits_fn, loss_index))
+        self.attacks = _named(attacks)
+        if max_samples < 1 or examples < 0:
+            raise ValueError(f"max_samples= must be at least 1 and examples= not negative, got {max_samples} and {examples}.")
+        self.max_samples, self.examples, self.seed = max_samples, examples, seed
+        self.measured: dict[str, float] = {}
+        self._entry: dict[str, Any] = {}
+        self._scores: dict[int, Tensor] = {}
+        self._ids: dict[int, int] = {}
+        self._seen: dict[int, int] = {}
+        self._pictures: list[tuple[Tensor, ...]] = []
+        self._checked = False
+
+    def section(self) -> Mapping[str, Any]:
+        return {self.area: self._entry} if self._entry else {}
+
+    # -- Lightning's hooks ---------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._reset()
+
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._reset()
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if not trainer.sanity_checking:
+            self._measure(trainer, pl_module, ("validation_step",), batch, batch_idx, dataloader_idx)
+
+    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._measure(trainer, pl_module, ("test_step", "validation_step"), batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self._finish(trainer, pl_module, "val", trainer.val_dataloaders)
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._finish(trainer, pl_module, "test", trainer.test_dataloaders)
+
+    # -- one batch -----------------------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        self._scores, self._ids, self._seen, self._pictures = {}, {}, {}, []
+
+    # Not only the attack: our own tables too must be ordinary tensors, also under Trainer.test.
+    @torch.inference_mode(False)
+    def _measure(self, trainer: Any, pl_module: Any, steps: tuple[str, ...], batch: Any, batch_idx: int, loader: int) -> None:
+        world, rank = trainer.world_size, trainer.global_rank
+        if loader not in self._scores:
+            self._scores[loader] = torch.zeros(FIRST_ATTACK + len(self.attacks), self.max_samples)
+            self._ids[loader] = self._seen[loader] = 0
+        if self._seen[loader] * world + rank >= self.max_samples:
+            return
+        several = _count(_loaders(trainer)) > 1
+        args = (batch, batch_idx, loader) if several else (batch, batch_idx)
+        self._recall_route(trainer)
+        step = self.probe.for_evaluation(pl_module, steps, *args)
+        # Hooks run outside autocast; said once more, since robust accuracy in half precision is no robust accuracy.
+        with torch.autocast(pl_module.device.type, enabled=False), self.probe.reading(step) as reading:
+            self._measure_reading(trainer, reading, loader, world, rank)
+
+    def _measure_reading(self, trainer: Any, reading: Reading, loader: int, world: int, rank: int) -> None:
+        n = len(reading.x)
+        # A distributed sampler deals samples like cards: rank, rank + world, ...
+        index = (self._seen[loader] + torch.arange(n)) * world + rank
+        self._seen[loader] += n
+        keep = index < min(self.max_samples, _length(trainer, loader, world))
+        if not bool(keep.any()):
+            return
+        if not self._checked:
+            self._first_batch(trainer, reading, loader)
+        scores, kept = self._scores[loader], index[keep]
+        with torch.no_grad():
+            clean = reading.read(reading.x)
+        if clean.logits.shape[:1] != reading.x.shape[:1]:
+            raise CannotRead(
+                f"the loss gets {clean.logits.shape[0] if clean.logits.ndim else 'no'} rows for a batch of {n} samples, so that "
+                f"rows cannot be told apart by sample. Give logits_fn= that returns (N, K, ...) and target_key=."
+            )
+        scores[0, kept] = 1.0
+        scores[CLEAN, kept] = clean.correct().cpu()[keep]
+        self._ids[loader] += sum(_fingerprint(i, x) for i, x in zip(kept.tolist(), reading.x[keep.to(reading.x.device)], strict=True))
+        for row, (name, attack) in enumerate(self.attacks.items(), FIRST_ATTACK):
+            if isinstance(attack, (PGD, NFGSM)):
+                space = replace(attack.threat.pixels, outside="widen")
+                attack = replace(attack, threat=replace(attack.threat, pixels=space), objective=attack.objective or reading)
+            noise = [seeded(self.seed, int(i)) for i in index]
+            perturbed = guard(attack)(reading.logits, reading.x, clean.target, generator=noise)
+            with torch.no_grad():
+                attacked = reading.read(perturbed)
+            # What breaks without an attack is not robust, wherever the attack happened to lead.
+            scores[row, kept] = torch.minimum(attacked.correct().cpu()[keep], scores[CLEAN, kept])
+            if row == FIRST_ATTACK and loader == 0 and len(self._pictures) < self.examples and trainer.is_global_zero:
+                self._keep_pictures(self.attacks[name], reading.x, perturbed, clean, attacked)
+
+    def _keep_pictures(self, attack: Any, x: Tensor, perturbed: Tensor, clean: LossCall, attacked: LossCall) -> None:
+        if x.ndim != 4 or clean.predictions().shape != x.shape[:1]:
+            return  # no pictures, or no single prediction a picture
+        space: PixelSpace = attack.threat.pixels if hasattr(attack, "threat") else PixelSpace()
+        rows = (space.to_pixels(x), space.to_pixels(perturbed), clean.labels(), clean.predictions(), attacked.predictions())
+        self._pictures += list(zip(*(r.detach().cpu() for r in rows), strict=True))
+
+    # -- one epoch -----------------------------------------------------------------------------------------------
+
+    def _finish(self, trainer: Any, pl_module: Any, stage: str, loaders: Any) -> None:
+        self.measured = {}
+        for loader in sorted(self._scores) if trainer.world_size == 1 else range(_count(loaders)):
+            empty = torch.zeros(FIRST_ATTACK + len(self.attacks), self.max_samples)
+            table = torch.cat([self._scores.get(loader, empty).flatten().double(), _split(self._ids.get(loader, 0))])
+            table = trainer.strategy.reduce(table.to(pl_module.device), reduce_op="sum").cpu()
+            scores, ids = table[:-4].view(FIRST_ATTACK + len(self.attacks), -1), _joined(table[-4:])
+            n = int(scores[0].sum())
+            if not n:
+                continue
+            suffix = "" if loader == 0 else f"/{_loader_name(loaders, loader)}"
+            worst = scores[FIRST_ATTACK:].amin(0)
+            values = {"clean_accuracy": scores[CLEAN], "accuracy": worst}
+            values |= {f"accuracy_{name}": scores[row] for row, name in enumerate(self.attacks, FIRST_ATTACK)}
+            for metric, right in values.items():
+                key = self.key(stage, metric) + suffix
+                self.measured[key] = float(right.sum() / n)
+                # Equal on all processes already; sync_dist tells Lightning that this was thought of.
+                pl_module.log(key, self.measured[key], sync_dist=True, prog_bar=metric == "accuracy", batch_size=n)
+            if loader == 0 and stage == "val":
+                self._entry = self._record(scores[:, :n], n, ids)
+        self._show_pictures(trainer, stage)
+        self._reset()
+
+    def _record(self, scores: Tensor, n: int, ids: int) -> dict[str, Any]:
+        attacks = {
+            name: {
+                "settings": repr(attack),
+                "n": n,
+                "accuracy": float(scores[row].sum() / n),
+                "correct": pack_bits(scores[row] == 1),
+            }
+            for row, (name, attack) in enumerate(self.attacks.items(), FIRST_ATTACK)
+        }
+        clean = {"clean_accuracy": float(scores[CLEAN].sum() / n), "clean_correct": pack_bits(scores[CLEAN] == 1)}
+        return {"attacks": attacks, "n": n, **clean, "sample_ids": f"{ids:016x}"}
+
+    def _show_pictures(self, trainer: Any, stage: str) -> None:
+        if not self._pictures or not trainer.is_global_zero:
+            return
+        clean, perturbed, labels, before, after = (torch.stack(c) for c in zip(*self._pictures[: self.examples], strict=True))
+        threat = getattr(next(iter(self.attacks.values())), "threat", None)
+        bounds = None if threat is None else threat.pixels.bounds
+        bounds = bounds or (float(clean.min()), max(float(clean.max()), float(clean.min()) + 1e-6))
+        picture = attack_strips(clean, perturbed, labels, before, after, bounds)
+        for logger in trainer.loggers:
+            # By what it can do: the two Lightning namespaces have two TensorBoardLogger classes.
+            if hasattr(logger.experiment, "add_image"):
+                logger.experiment.add_image(self.key(stage, "examples"), picture, trainer.global_step)
+
+    # -- the first batch, and routes from elsewhere --------------------------------------------------------------
+
+    def _recall_route(self, trainer: Any) -> None:
+        """Routes of a checkpoint: Lightning does not hand weights-only ones to callbacks."""
+        if self.probe.routes or not trainer.ckpt_path:
+            return
+        try:
+            stored = read_entry(trainer.ckpt_path).get("route", {})
+        except KeyError:
+            return
+        self.probe.routes.update({step: Route.from_dict(route) for step, route in stored.items()})
+
+    def _first_batch(self, trainer: Any, reading: Reading, loader: int) -> None:
+        self._checked = True
+        for attack in self.attacks.values():
+            if hasattr(attack, "threat"):
+                attack.threat.pixels.check(reading.x)
+        self.say(trainer, f"RobustAccuracy: {', '.join(self.attacks)} on the first {self.max_samples} samples of each loader.")
+        if isinstance(getattr(_nth(_loaders(trainer), loader), "sampler", None), RandomSampler):
+            warnings.warn(
+                "the evaluation loader shuffles, so that each epoch attacks other samples and numbers of different epochs or "
+                "checkpoints cannot be compared; use shuffle=False.",
+                stacklevel=2,
+            )
+
+
+def _named(attacks: Any) -> dict[str, Any]:
+    listed = attacks if isinstance(attacks, (list, tuple)) else [attacks]
+    if isinstance(attacks, Mapping):
+        pairs = [(str(name), attack) for name, attack in attacks.items()]
+    else:
+        pairs = [(getattr(a, "name", None) or getattr(a, "__name__", None) or type(a).__name__.lower(), a) for a in listed]
+    names = [name for name, _ in pairs]
+    if not pairs or len(set(names)) < len(names):
+        raise ValueError(f"RobustAccuracy needs attacks with different names, got {names}; name them: {{'strong': PGD(...), ...}}.")
+    for name, attack in pairs:
+        if not callable(attack):
+            raise TypeError(f"attack {name!r} must be a callable (logits_fn, x, y) -> x_adv, got {type(attack).__name__}.")
+    return dict(pairs)
+
+
+def _loaders(trainer: Any) -> Any:
+    return trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+
+
+def _nth(loaders: Any, index: int) -> Any:
+    if isinstance(loaders, dict):
+        return list(loaders.values())[index]
+    return loaders[index] if isinstance(loaders, (list, tuple)) else loaders
+
+
+def _count(loaders: Any) -> int:
+    return len(loaders) if isinstance(loaders, (dict, list, tuple)) else 1
+
+
+def _loader_name(loaders: Any, index: int) -> str:
+    return str(list(loaders)[index]) if isinstance(loaders, dict) else str(index)
+
+
+def _length(trainer: Any, loader: int, world: int) -> int:
+    """How many samples there really are: a distributed sampler repeats some to deal evenly."""
+    one = _nth(_loaders(trainer), loader)
+    if world > 1 and isinstance(getattr(one, "sampler", None), DistributedSampler):
+        return len(one.sampler.dataset)
+    return 2**62
+
+
+def _fingerprint(index: int, x: Tensor) -> int:
+    """48 bits of what sample number ``index`` holds, to be summed over samples in any order."""
+    content = x.detach().float().cpu().contiguous().numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=6, key=str(index).encode()).digest(), "little")
+
+
+def _split(number: int) -> Tensor:
+    """An integer as four doubles that can be summed exactly over processes."""
+    return torch.tensor([(number >> shift) & 0xFFFF for shift in (0, 16, 32, 48)], dtype=torch.float64)
+
+
+def _joined(parts: Tensor) -> int:
+    return sum(int(part) << shift for part, shift in zip(parts.tolist(), (0, 16, 32, 48), strict=True)) % 2**64

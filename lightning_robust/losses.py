@@ -1,0 +1,145 @@
+"""One call of a loss function: what it says about a model's head, and the same loss again for other logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_robust.attacks.objectives import margin
+
+__all__ = ["LOSSES", "LossCall", "LossKind"]
+
+LossKind = Literal["cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div"]
+
+LOSSES: dict[Callable[..., Any], str] = {
+    F.cross_entropy: "cross_entropy",
+    F.nll_loss: "nll_loss",
+    F.binary_cross_entropy: "binary_cross_entropy",
+    F.binary_cross_entropy_with_logits: "binary_cross_entropy_with_logits",
+    F.kl_div: "kl_div",
+}
+"""The loss functions that are recognised, by function."""
+if hasattr(F, "linear_cross_entropy"):  # torch >= 2.13; its inner cross_entropy cannot be seen
+    LOSSES[F.linear_cross_entropy] = "linear_cross_entropy"
+
+_SIGNATURES = {function: inspect.signature(function) for function in LOSSES}
+_FUNCTIONS = {name: function for function, name in LOSSES.items()}
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """What a loss function was given.
+
+    Attributes:
+        kind: Which function; it decides what the first argument means, its values never do.
+        logits: The first argument, ``(N, K, ...)``, ``(N, 1)`` or ``(N,)``: logits, log-probabilities (``nll_loss``,
+            ``kl_div``) or probabilities (``binary_cross_entropy``).
+        target: The second argument.
+        options: Class weights, label smoothing and the other arguments; never a reduction.
+
+    Example:
+        >>> call = LossCall("binary_cross_entropy_with_logits", torch.tensor([2.0, -1.0]), torch.tensor([1.0, 1.0]))
+        >>> call.correct()
+        tensor([1., 0.])
+    """
+
+    kind: LossKind
+    logits: Tensor
+    target: Tensor
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_arguments(cls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LossCall:
+        """Read a call of one of :data:`LOSSES`."""
+        given = dict(_SIGNATURES[function].bind(*args, **kwargs).arguments)
+        logits, target = given.pop("input"), given.pop("target")
+        for reduction in ("reduction", "reduce", "size_average", "options"):
+            given.pop(reduction, None)
+        kind = LOSSES[function]
+        if kind == "linear_cross_entropy":
+            logits = F.linear(logits, given.pop("linear_weight"), given.pop("linear_bias", None))
+            kind = "cross_entropy"
+        options = {name: value for name, value in given.items() if value is not None}
+        return cls(kind, logits, target, options)  # type: ignore[arg-type]  # LOSSES holds the kinds as plain strings
+
+    @classmethod
+    def for_head(cls, logits: Tensor, target: Tensor) -> LossCall:
+        """The usual loss of a head that is only known by shapes: logits and targets given by hand.
+
+        Raises:
+            ValueError: If no usual loss takes these shapes.
+        """
+        if target.is_floating_point() and target.shape == logits.shape and logits.ndim <= 2:
+            return cls("binary_cross_entropy_with_logits", logits, target)
+        if logits.ndim == 1 or logits.shape[1:] == (1,):
+            return cls("binary_cross_entropy_with_logits", logits, target.reshape(logits.shape).to(logits.dtype))
+        if not target.is_floating_point() and target.shape == logits.shape[:1] + logits.shape[2:]:
+            return cls("cross_entropy", logits, target)
+        raise ValueError(
+            f"logits_fn returned {tuple(logits.shape)} for targets {tuple(target.shape)} of type {target.dtype}; expected "
+            f"(N, K, ...) with integer classes (N, ...), or (N,), (N, 1) or (N, K) with 0/1 targets."
+        )
+
+    @property
+    def binary(self) -> bool:
+        """Whether each logit stands for a yes/no of its own (one output, or multi-label)."""
+        return self.kind.startswith("binary")
+
+    def again(self, logits: Tensor) -> LossCall:
+        """The same loss for other logits."""
+        return replace(self, logits=logits)
+
+    def per_sample(self) -> Tensor:
+        """The loss of each sample, ``(N,)``, in float32 and differentiable; pixels or labels of a sample are summed."""
+        logits = self.logits.float()
+        target = self.target.to(logits.dtype) if self.target.is_floating_point() else self.target
+        options = {k: v.float() if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        loss: Tensor = _FUNCTIONS[self.kind](logits, target, reduction="none", **options)
+        return loss.flatten(1).sum(1) if loss.ndim > 1 else loss
+
+    def log_probabilities(self) -> Tensor:
+        """``(N, K, ...)`` log-probabilities; a yes/no output becomes two classes, ``(N, 2, ...)``."""
+        z = self.logits.float()
+        if self.kind == "binary_cross_entropy_with_logits":
+            return torch.stack([F.logsigmoid(-z), F.logsigmoid(z)], dim=1)
+        if self.kind == "binary_cross_entropy":
+            tiny = torch.finfo(z.dtype).tiny
+            return torch.stack([torch.log1p(-z.clamp(max=1 - 1e-7)), z.clamp_min(tiny).log()], dim=1)
+        return z.log_softmax(1)
+
+    def predictions(self) -> Tensor:
+        """Predicted classes, ``(N, ...)``; for yes/no outputs 0 or 1, shaped like the logits."""
+        if self.kind == "binary_cross_entropy_with_logits":
+            return (self.logits > 0).long()
+        if self.kind == "binary_cross_entropy":
+            return (self.logits > 0.5).long()
+        return self.logits.argmax(1)
+
+    def labels(self) -> Tensor:
+        """The right answers, shaped like :meth:`predictions`; of soft targets the likeliest class."""
+        if self.binary:
+            return (self.target > 0.5).long()
+        return self.target.argmax(1) if self.target.shape == self.logits.shape else self.target
+
+    def correct(self) -> Tensor:
+        """How much of each sample is right, ``(N,)`` in [0, 1]: 0 or 1, or the share of its labels or pixels."""
+        right = (self.predictions() == self.labels()).float()
+        if right.ndim == 1:
+            return right
+        counted = torch.ones_like(right) if self.binary else (self.labels() != self.options.get("ignore_index", -100)).float()
+        return (right * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1)
+
+    def margin(self) -> Tensor:
+        """How far the wrong answer lies above the right one, ``(N,)``; above 0 the model is fooled."""
+        if not self.binary:
+            return margin(self.logits, self.labels())
+        z = self.logits.float()
+        z = z.logit(eps=1e-7) if self.kind == "binary_cross_entropy" else z
+        against = torch.where(self.target > 0.5, -z, z)
+        return against.flatten(1).amax(1) if against.ndim > 1 else against
