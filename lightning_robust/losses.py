@@ -82,7 +82,8 @@ class LossCall:
         if not target.is_floating_point() and target.shape == logits.shape[:1] + logits.shape[2:]:
             return cls("cross_entropy", logits, target)
         raise ValueError(
-            f"logits_fn returned {tuple(logits.shape)} for targets {tuple(target.shape)} of type {target.dtype}; expected "
+            f"logits_fn returned {tuple(logits.shape)} for targets {tuple(target.shape)} of type "
+            f"{target.dtype}; expected "
             f"(N, K, ...) with integer classes (N, ...), or (N,), (N, 1) or (N, K) with 0/1 targets."
         )
 
@@ -132,7 +133,9 @@ class LossCall:
         right = (self.predictions() == self.labels()).float()
         if right.ndim == 1:
             return right
-        counted = torch.ones_like(right) if self.binary else (self.labels() != self.options.get("ignore_index", -100)).float()
+        counted = (
+            torch.ones_like(right) if self.binary else (self.labels() != self.options.get("ignore_index", -100)).float()
+        )
         return (right * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1)
 
     def margin(self) -> Tensor:

@@ -64,13 +64,17 @@ class PixelSpace:
         if self.bounds is not None:
             low, high = (float(b) for b in self.bounds)
             if not low < high:
-                raise ValueError(f"PixelSpace(bounds=) must be (lowest, highest) with lowest < highest, got {self.bounds}.")
+                raise ValueError(
+                    f"PixelSpace(bounds=) must be (lowest, highest) with lowest < highest, got {self.bounds}."
+                )
             object.__setattr__(self, "bounds", (low, high))
         mean, std = _channels("mean", self.mean), _channels("std", self.std)
         if min(std) <= 0:
             raise ValueError(f"PixelSpace(std=) must be positive, got {self.std}.")
         if 1 < len(mean) != len(std) > 1:
-            raise ValueError(f"PixelSpace has {len(mean)} means but {len(std)} standard deviations; give one each per channel.")
+            raise ValueError(
+                f"PixelSpace has {len(mean)} means but {len(std)} standard deviations; give one each per channel."
+            )
         if self.outside not in ("raise", "widen"):
             raise ValueError(f"PixelSpace(outside=) must be 'raise' or 'widen', got {self.outside!r}.")
         # One number or a plain tuple: settings are logged, hashed and compared.
@@ -135,7 +139,8 @@ class PixelSpace:
             return "These look like 0..255 images: use PixelSpace(bounds=(0, 255)) and give eps in the same units."
         if lowest < low and not self.normalises:
             return (
-                "These look normalised: say so with PixelSpace(bounds=..., mean=..., std=...), the numbers that the data "
+                "These look normalised: say so with PixelSpace(bounds=..., mean=..., std=...), the numbers "
+                "that the data "
                 "pipeline uses, so that eps stays in pixels. For data without bounds use PixelSpace(bounds=None)."
             )
         return "Check bounds, mean and std against the data pipeline; PixelSpace(bounds=None) switches the box off."

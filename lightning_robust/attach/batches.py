@@ -58,12 +58,19 @@ def get(batch: Any, path: Path) -> Any:
     for name in path:
         children = dict(_items(node) or [])
         # A named tuple may be addressed by position as well.
-        if name not in children and isinstance(name, int) and isinstance(node, tuple) and -len(node) <= name < len(node):
+        if (
+            name not in children
+            and isinstance(name, int)
+            and isinstance(node, tuple)
+            and -len(node) <= name < len(node)
+        ):
             node = node[name]
         elif name in children:
             node = children[name]
         else:
-            raise KeyError(f"the batch has nothing at {shown(path)}; it has {', '.join(shown(p) for p, _ in leaves(batch))}.")
+            raise KeyError(
+                f"the batch has nothing at {shown(path)}; it has {', '.join(shown(p) for p, _ in leaves(batch))}."
+            )
     return node
 
 
@@ -116,6 +123,10 @@ def described(batch: Any) -> str:
     """Every leaf with its type and shape, for error messages."""
     parts = []
     for path, leaf in leaves(batch):
-        what = f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+        what = (
+            f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+            if isinstance(leaf, torch.Tensor)
+            else type(leaf).__name__
+        )
         parts.append(f"{shown(path)} {what}")
     return ", ".join(parts[:12]) + (f" and {len(parts) - 12} more" if len(parts) > 12 else "") or "an empty batch"

@@ -56,7 +56,10 @@ def read_entry(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise KeyError(f"no {KEY!r} entry in this checkpoint; it was saved by a run without callbacks of this package.")
     entry: dict[str, Any] = loaded[KEY]
     if entry.get("format", 0) > FORMAT:
-        raise ValueError(f"the checkpoint has entry format {entry['format']}, this version reads up to {FORMAT}: upgrade lightning_robust.")
+        raise ValueError(
+            f"the checkpoint has entry format {entry['format']}, this version reads up to {FORMAT}: upgrade "
+            f"lightning_robust."
+        )
     return entry
 
 

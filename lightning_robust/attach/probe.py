@@ -24,7 +24,7 @@ from lightning_robust.losses import LOSSES, LossCall
 from lightning_robust.modes import frozen
 from lightning_robust.randomness import RandomState, reseed
 
-__all__ = ["CannotRead", "LossWatcher", "Probe", "Reading", "Route"]
+__all__ = ["LossWatcher", "Probe", "ProbeError", "Reading", "Route"]
 
 _TORCH = str(FilePath(torch.__file__).parent)
 # Where a loss is written by hand, the logits went through one of these.
@@ -34,7 +34,7 @@ _SQUASHING = {
 }  # fmt: skip
 
 
-class CannotRead(RuntimeError):
+class ProbeError(RuntimeError):
     """A step could not be read; the message says what was found and which argument helps."""
 
 
@@ -72,7 +72,9 @@ class LossWatcher(TorchFunctionMode):
 
 def _place() -> str:
     frame = sys._getframe(2)
-    while frame.f_back is not None and (frame.f_code.co_filename.startswith(_TORCH) or frame.f_code.co_filename == __file__):
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(_TORCH) or frame.f_code.co_filename == __file__
+    ):
         frame = frame.f_back
     return f"in {frame.f_code.co_name} ({FilePath(frame.f_code.co_filename).name}:{frame.f_lineno})"
 
@@ -135,7 +137,7 @@ class Reading:
             with torch.no_grad():
                 self.read(self.x)
         if self.call is None:
-            raise CannotRead("no targets were read.")
+            raise ProbeError("no targets were read.")
         return self.call.target
 
     def read(self, x: Tensor) -> LossCall:
@@ -160,7 +162,7 @@ class Reading:
 
     def _last(self) -> LossCall:
         if self.call is None:
-            raise CannotRead("the objective was asked for before any logits were read.")
+            raise ProbeError("the objective was asked for before any logits were read.")
         return self.call
 
     def batch_with(self, x: Tensor) -> Any:
@@ -191,7 +193,10 @@ class Probe:
         loss_index: int = 0,
     ) -> None:
         if logits_fn is not None and target_key is None:
-            raise ValueError("logits_fn= says where logits come from; target_key= must say where their targets are, e.g. target_key=1.")
+            raise ValueError(
+                "logits_fn= says where logits come from; target_key= must say where their targets are, e.g. "
+                "target_key=1."
+            )
         if loss_index < 0:
             raise ValueError(f"loss_index= counts the loss calls of a step from 0, got {loss_index}.")
         self.input_path = None if input_key is None else as_path(input_key)
@@ -224,7 +229,7 @@ class Probe:
             state: Random state that every read starts from; by default the present one.
 
         Raises:
-            CannotRead: If the step cannot be read.
+            ProbeError: If the step cannot be read.
         """
         route = self.routes.get(step.name) or self.discover(step)
         with _quiet(step.module, training, keep_buffers) as now:
@@ -248,10 +253,13 @@ class Probe:
             return watcher.call
         where = f"{type(step.module).__name__}.{step.name}"
         if watcher.count:
-            raise CannotRead(f"loss_index={self.loss_index}, but {where} calls only {watcher.count} loss functions; count from 0.")
+            raise ProbeError(
+                f"loss_index={self.loss_index}, but {where} calls only {watcher.count} loss functions; count from 0."
+            )
         hint = f" The last candidate seen was {watcher.hint}." if watcher.hint else ""
-        raise CannotRead(
-            f"{where} calls none of the losses that can be read ({', '.join(sorted(set(LOSSES.values())))}).{hint} Say where "
+        raise ProbeError(
+            f"{where} calls none of the losses that can be read "
+            f"({', '.join(sorted(set(LOSSES.values())))}).{hint} Say where "
             f"its logits come from: logits_fn=lambda module, batch: ..., with target_key=... for the targets. "
             f"The batch has {described(step.batch)}. Regression and detection have no logits and are not served."
         )
@@ -269,10 +277,15 @@ class Probe:
         finally:
             handle.remove()
         if not found:
-            raise CannotRead(f"{type(step.module).__name__}.{step.name} does not run {route.module!r}, the module that gave logits before; give logits_fn=.")
+            raise ProbeError(
+                f"{type(step.module).__name__}.{step.name} does not run {route.module!r}, the module that gave "
+                f"logits before; give logits_fn=."
+            )
         target = self.target_path or route.target
         if target is None:
-            raise CannotRead(f"{step.name} computes no loss, so its targets are unknown: say where they are with target_key=.")
+            raise ProbeError(
+                f"{step.name} computes no loss, so its targets are unknown: say where they are with target_key=."
+            )
         return LossCall(route.kind, found[0], get(step.batch, target))  # type: ignore[arg-type]  # a kind, stored as text
 
     # -- discovery -----------------------------------------------------------------------------------------------
@@ -281,20 +294,27 @@ class Probe:
         """Find the route of one kind of step on its first batch, and remember it.
 
         Raises:
-            CannotRead: With what was found, and the argument that settles it.
+            ProbeError: With what was found, and the argument that settles it.
         """
         batch = step.batch
         if hasattr(batch, "__next__"):
-            raise CannotRead(f"{type(step.module).__name__}.{step.name} takes an iterator instead of a batch (dataloader_iter); there is no batch to read.")
+            raise ProbeError(
+                f"{type(step.module).__name__}.{step.name} takes an iterator instead of a batch "
+                f"(dataloader_iter); there is no batch to read."
+            )
         tracked = {path: leaf for path, leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
         if not tracked:
-            raise CannotRead(
-                f"the batch of {type(step.module).__name__} has no floating-point input to differentiate: {described(batch)}. "
+            raise ProbeError(
+                f"the batch of {type(step.module).__name__} has no floating-point input to differentiate: "
+                f"{described(batch)}. "
                 f"Token ids cannot be perturbed; cast integer images to float in the data pipeline."
             )
         if self.input_path is not None and self.input_path not in tracked:
             get(batch, self.input_path)  # says what there is
-            raise CannotRead(f"input_key names {shown(self.input_path)}, which is no floating-point tensor; the batch has {described(batch)}.")
+            raise ProbeError(
+                f"input_key names {shown(self.input_path)}, which is no floating-point tensor; the batch has "
+                f"{described(batch)}."
+            )
         outputs: dict[str, list[Tensor]] = {}
         with _quiet(step.module, False, False) as state:
             inputs = {path: leaf.detach().clone().requires_grad_() for path, leaf in tracked.items()}
@@ -321,7 +341,10 @@ class Probe:
         candidates = [path for path in reached(call.logits) if path not in from_target]
         if self.input_path is not None:
             if self.input_path not in candidates:
-                raise CannotRead(f"the logits do not depend on {shown(self.input_path)} (input_key=), but on {[shown(p) for p in candidates]}.")
+                raise ProbeError(
+                    f"the logits do not depend on {shown(self.input_path)} (input_key=), but on "
+                    f"{[shown(p) for p in candidates]}."
+                )
             return self.input_path
         if len(candidates) == 1:
             return candidates[0]
@@ -329,10 +352,14 @@ class Probe:
         if candidates:
             names = ", ".join(shown(p) for p in candidates)
             key = candidates[0][0] if len(candidates[0]) == 1 else candidates[0]
-            raise CannotRead(f"the logits of {where} depend on several inputs: {names}. Say which one to perturb, e.g. input_key={key!r}.")
-        raise CannotRead(
+            raise ProbeError(
+                f"the logits of {where} depend on several inputs: {names}. Say which one to perturb, e.g. "
+                f"input_key={key!r}."
+            )
+        raise ProbeError(
             f"no gradient reaches a floating-point input of {where}: {described(step.batch)}. Is the network (a frozen "
-            f"backbone?) run under torch.no_grad(), or are its features detached? Then no attack through gradients exists."
+            f"backbone?) run under torch.no_grad(), or are its features detached? Then no attack through "
+            f"gradients exists."
         )
 
     def for_evaluation(self, module: nn.Module, names: Sequence[str], *args: Any) -> Step:
@@ -343,7 +370,7 @@ class Probe:
         agree.
 
         Raises:
-            CannotRead: If none of them works.
+            ProbeError: If none of them works.
         """
         for name in names:
             if name in self.routes:
@@ -353,7 +380,7 @@ class Probe:
         for name in written:
             try:
                 self.discover(Step.of(module, name, *args))
-            except CannotRead as error:
+            except ProbeError as error:
                 errors.append(str(error))
             else:
                 return Step.of(module, name, *args)
@@ -369,8 +396,13 @@ class Probe:
             step = Step.of(module, "training_step", *args)
             if self._agrees_with_itself(step):
                 return step
-            errors.append("training_step draws random numbers on the way to its logits, so it cannot stand in for a validation step.")
-        raise CannotRead(" ".join(errors[:1]) or f"{type(module).__name__} defines none of {', '.join(names)}; nothing can be read.")
+            errors.append(
+                "training_step draws random numbers on the way to its logits, so it cannot stand in for a "
+                "validation step."
+            )
+        raise ProbeError(
+            " ".join(errors[:1]) or f"{type(module).__name__} defines none of {', '.join(names)}; nothing can be read."
+        )
 
     def _agrees_with_itself(self, step: Step) -> bool:
         try:
@@ -401,7 +433,10 @@ def _muted(*_args: Any, **_kwargs: Any) -> None:
 
 
 def _fenced(*_args: Any, **_kwargs: Any) -> None:
-    raise CannotRead("the step calls manual_backward before the loss that is to be read; reading on would train. Use a smaller loss_index= or logits_fn=.")
+    raise ProbeError(
+        "the step calls manual_backward before the loss that is to be read; reading on would train. Use a "
+        "smaller loss_index= or logits_fn=."
+    )
 
 
 def _run_until_stop(step: Step, watcher: LossWatcher | None) -> None:
@@ -433,25 +468,30 @@ def _outputs_into(outputs: dict[str, list[Tensor]], module: nn.Module) -> Iterat
 
 
 def _producer_of(logits: Tensor, outputs: dict[str, list[Tensor]]) -> str | None:
-    """The outermost module that ran once and whose output is the logits, or a view of the same memory."""
-    for name, seen in outputs.items():
-        if len(seen) == 1 and (
-            seen[0] is logits
-            or (seen[0].data_ptr() == logits.data_ptr() and seen[0].numel() == logits.numel() and seen[0].dtype == logits.dtype)
-        ):
-            outermost = name
-            # Hooks of inner modules fire first, so a later match encloses an earlier one.
-            for later, others in outputs.items():
-                if len(others) == 1 and others[0] is seen[0]:
-                    outermost = later
-            return outermost
-    return None
+    """The outermost submodule that ran once and whose output is the logits, or a view of the same memory.
+
+    The module itself (``""``) comes last: another step may call ``self.net(x)`` where this one calls ``self(x)``.
+    """
+
+    def same(output: Tensor) -> bool:
+        shares = (
+            output.data_ptr() == logits.data_ptr() and output.numel() == logits.numel() and output.dtype == logits.dtype
+        )
+        return output is logits or shares
+
+    # Hooks of inner modules fire first, so the last match encloses the others.
+    matches = [name for name, seen in outputs.items() if len(seen) == 1 and same(seen[0])]
+    return max(matches, key=lambda name: (name != "", matches.index(name)), default=None)
 
 
 def _target_of(target: Tensor, batch: Any, fed: Any) -> Path | None:
     """Where in the batch the loss's target is, if it is a leaf as it stands."""
     for path, leaf in leaves(fed):
-        if isinstance(leaf, Tensor) and leaf.numel() and (leaf is target or (leaf.data_ptr() == target.data_ptr() and leaf.shape == target.shape)):
+        if (
+            isinstance(leaf, Tensor)
+            and leaf.numel()
+            and (leaf is target or (leaf.data_ptr() == target.data_ptr() and leaf.shape == target.shape))
+        ):
             original = get(batch, path)
             if original.dtype == target.dtype and torch.equal(original, target.detach()):
                 return path

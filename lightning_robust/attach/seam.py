@@ -95,12 +95,14 @@ def install(
         for other in seam.handles:
             if other.feed is not None:
                 raise RuntimeError(
-                    f"{owner} and {other.owner} both want to replace the batch of {type(module).__name__}.training_step; "
+                    f"{owner} and {other.owner} both want to replace the batch of "
+                    f"{type(module).__name__}.training_step; "
                     f"one step has one adversary. Keep one of them."
                 )
     if add is not None and not getattr(module, "automatic_optimization", True):
         raise RuntimeError(
-            f"{owner} adds a term to the loss, but {type(module).__name__} uses manual optimisation, where the step calls "
+            f"{owner} adds a term to the loss, but {type(module).__name__} uses manual optimisation, where the "
+            f"step calls "
             f"backward itself. Use a method that only feeds the step (e.g. method='madry'), or automatic optimisation."
         )
     if seam.undo is None:

@@ -38,7 +38,9 @@ class Step:
         function = unpatched(module, name)
         kinds = [p.kind for p in inspect.signature(function).parameters.values()]
         if inspect.Parameter.VAR_POSITIONAL not in kinds:
-            takes = sum(k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in kinds)
+            takes = sum(
+                k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in kinds
+            )
             args = args[:takes]
         return cls(module, name, function, args)
 
@@ -56,8 +58,8 @@ class Step:
         return self.function(*self.args)
 
 
-def defines(module: nn.Module, name: str) -> bool:
-    """Whether the user wrote this step (Lightning's base class has empty ones)."""
+def defines(module: object, name: str) -> bool:
+    """Whether the user wrote this step or loader (Lightning's base classes have empty ones)."""
     if name in vars(module):
         return True
     return any(name in vars(c) for c in type(module).__mro__ if not f"{c.__module__}.".startswith(LIGHTNING))

@@ -14,10 +14,10 @@ from lightning_robust.modes import gradients
 from lightning_robust.protocols import LogitsFn
 from lightning_robust.randomness import Noise, reseed, uniform, untouched_random_state
 
-__all__ = ["AttackViolation", "Guarded", "guard"]
+__all__ = ["AttackError", "Guarded", "guard"]
 
 
-class AttackViolation(RuntimeError):
+class AttackError(RuntimeError):
     """An attack returned something outside of what it promised."""
 
 
@@ -44,10 +44,10 @@ class Guarded:
         what = getattr(self.attack, "name", None) or type(self.attack).__name__
         if not isinstance(returned, Tensor) or returned.shape != x.shape:
             got = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
-            raise AttackViolation(f"{what} must return a tensor of shape {tuple(x.shape)}, got {got}.")
+            raise AttackError(f"{what} must return a tensor of shape {tuple(x.shape)}, got {got}.")
         result: Tensor = returned.detach().to(x.dtype)
         if not bool(torch.isfinite(result).all()):
-            raise AttackViolation(
+            raise AttackError(
                 f"{what} returned {int((~torch.isfinite(result)).sum())} NaN or infinite values; a NaN loss or weight "
                 f"is the usual cause."
             )
@@ -56,19 +56,22 @@ class Guarded:
         space = self.threat.pixels
         clean, perturbed = space.to_pixels(x), space.to_pixels(result)
         # Round-off of the input's own type, at the size of the pixels.
-        slack = 8 * torch.finfo(x.dtype).eps * max(float(perturbed.abs().max()), float(clean.abs().max()), self.threat.eps)
+        slack = (
+            8 * torch.finfo(x.dtype).eps * max(float(perturbed.abs().max()), float(clean.abs().max()), self.threat.eps)
+        )
         reach = self.threat.eps if self.reach is None else self.reach
         root = clean[0].numel() ** 0.5 if self.threat.norm == "l2" else 1.0
         farthest = float(self.threat.distance(perturbed, clean).max())
         if farthest > reach * (1 + 1e-6) + slack * root:
-            raise AttackViolation(
-                f"{what} moved an input by {farthest:.6g} ({self.threat.norm}, pixels), but promised at most {reach:.6g}. "
+            raise AttackError(
+                f"{what} moved an input by {farthest:.6g} ({self.threat.norm}, pixels), but promised at most "
+                f"{reach:.6g}. "
                 f"An attack that may go farther states it in an attribute `reach`."
             )
         low, high = space.box(clean)
         over = float(torch.maximum(low - perturbed, perturbed - high).max()) if space.bounds is not None else 0.0
         if over > slack:
-            raise AttackViolation(f"{what} left the pixel bounds {space.bounds} by {over:.3g}.")
+            raise AttackError(f"{what} left the pixel bounds {space.bounds} by {over:.3g}.")
         return result
 
 
@@ -89,14 +92,14 @@ def guard(attack: Any, threat: ThreatModel | None = None, reach: float | None = 
         reach: Largest allowed distance in pixel units; by default its own ``reach`` attribute, else eps.
 
     Raises:
-        AttackViolation: When called, if the result breaks a promise. The message says which, and by how much.
+        AttackError: When called, if the result breaks a promise. The message says which, and by how much.
 
     Example:
         >>> threat = ThreatModel("linf", eps=0.1)
         >>> guard(lambda logits_fn, x, y: x + 0.2, threat)(lambda x: x, torch.zeros(1, 2), torch.zeros(1).long())
         Traceback (most recent call last):
         ...
-        lightning_robust.attacks.guard.AttackViolation: function moved an input by 0.2 (linf, pixels), but promised ...
+        lightning_robust.attacks.guard.AttackError: function moved an input by 0.2 (linf, pixels), but promised ...
     """
     if isinstance(attack, Guarded):
         return attack

@@ -54,7 +54,9 @@ class NFGSM:
 
     def __post_init__(self) -> None:
         if self.threat.norm != "linf":
-            raise ValueError(f"NFGSM is defined for norm 'linf', got {self.threat.norm!r}; use PGD(threat, steps=2) instead.")
+            raise ValueError(
+                f"NFGSM is defined for norm 'linf', got {self.threat.norm!r}; use PGD(threat, steps=2) instead."
+            )
         if self.noise < 0 or not self.step > 0:
             raise ValueError(f"NFGSM needs noise >= 0 and step > 0, got noise={self.noise}, step={self.step}.")
 

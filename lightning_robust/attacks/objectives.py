@@ -21,8 +21,10 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor([1.3863, 1.3863])
     """
-    return F.cross_entropy(logits.float(), y, reduction="none").flatten(1).sum(1) if logits.ndim > 2 else (
-        F.cross_entropy(logits.float(), y, reduction="none")
+    return (
+        F.cross_entropy(logits.float(), y, reduction="none").flatten(1).sum(1)
+        if logits.ndim > 2
+        else (F.cross_entropy(logits.float(), y, reduction="none"))
     )
 
 
@@ -65,7 +67,9 @@ def margin_of(objective: Objective) -> Callable[[Tensor, Tensor], Tensor]:
     return own
 
 
-def input_gradient(objective: Objective, logits_fn: LogitsFn, space: PixelSpace, pixels: Tensor, y: Tensor, like: Tensor) -> Tensor:
+def input_gradient(
+    objective: Objective, logits_fn: LogitsFn, space: PixelSpace, pixels: Tensor, y: Tensor, like: Tensor
+) -> Tensor:
     """Gradient of the summed per-sample objective with respect to ``pixels``.
 
     The sum, not the mean: a sample's gradient then neither depends on the batch size nor underflows in half precision.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_robust.attach.base import RobustCallback
-from lightning_robust.attach.batches import described, rebuilt, shown
-from lightning_robust.attach.probe import CannotRead, Probe, Reading, Route
+from lightning_robust.attach.batches import rebuilt, shown
+from lightning_robust.attach.probe import Probe, ProbeError, Reading, Route
 from lightning_robust.attach.seam import install
 from lightning_robust.attach.step import Step
 from lightning_robust.attacks import NFGSM, PGD, ThreatModel, guard
@@ -100,14 +100,18 @@ class AdversarialTraining(RobustCallback):
         self.method = _method(method)
         self.attack = _attack_for(self.method, attack)
         if beta is not None and self.method != "trades":
-            raise ValueError(f"beta= weighs the divergence of method='trades'; method={method!r} has none. Leave it out.")
+            raise ValueError(
+                f"beta= weighs the divergence of method='trades'; method={method!r} has none. Leave it out."
+            )
         if craft_mode not in ("eval", "train"):
             raise ValueError(f"craft_mode= must be 'eval' or 'train', got {craft_mode!r}.")
         if warmup_epochs < 0 or (beta is not None and beta < 0):
             raise ValueError(f"warmup_epochs= and beta= must not be negative, got {warmup_epochs} and {beta}.")
         self.threat: ThreatModel | None = getattr(self.attack, "threat", None)
         if warmup_epochs and self.threat is None:
-            raise ValueError(f"warmup_epochs= scales the threat model of an attack, but {_named(self.attack)} has no `threat`.")
+            raise ValueError(
+                f"warmup_epochs= scales the threat model of an attack, but {_named(self.attack)} has no `threat`."
+            )
         self.beta = 6.0 if beta is None else float(beta)
         self.warmup_epochs, self.craft_mode, self.seed = warmup_epochs, craft_mode, seed
         self._trainer: Any = None
@@ -190,7 +194,7 @@ class AdversarialTraining(RobustCallback):
         def objective(logits: Tensor, y: Tensor) -> Tensor:
             call = reading.call
             if call is None:
-                raise CannotRead("the objective was asked for before any logits were read.")
+                raise ProbeError("the objective was asked for before any logits were read.")
             return kl_divergence(clean, call.again(logits).log_probabilities())
 
         return objective
@@ -202,11 +206,17 @@ class AdversarialTraining(RobustCallback):
                 clean = reading.read(reading.x)
             attacked = reading.read(self._perturbed())
         if clean is None:
-            raise CannotRead(f"{self}: this step called no loss, though the first one did; give logits_fn= and target_key=.")
+            raise ProbeError(
+                f"{self}: this step called no loss, though the first one did; give logits_fn= and target_key=."
+            )
         log_p, log_q = clean.log_probabilities(), attacked.log_probabilities()
         positions = log_p[0, 0].numel()  # 1, or pixels and labels, over which the usual loss averages too
         term = self.beta * kl_divergence(log_p, log_q).mean() / positions
-        terms = {"kl": term.detach(), "kl_weight": self.beta, "clean_loss": clean.per_sample().detach().mean() / positions}
+        terms = {
+            "kl": term.detach(),
+            "kl_weight": self.beta,
+            "clean_loss": clean.per_sample().detach().mean() / positions,
+        }
         for metric, value in terms.items():
             self._log(step.module, metric, value, len(reading.x))
         return {"kl": term}
@@ -222,9 +232,10 @@ class AdversarialTraining(RobustCallback):
         source = "" if route.module is None else f" from {route.module or 'forward'!r}"
         lines = [
             f"{self}: {_named(self.attack)} on {shown(route.input)} {tuple(reading.x.shape)}, targets {target}, "
-            f"{route.kind}{source} ({described(step.batch)})",
+            f"{route.kind}{source}",
             self._cost(step.module),
-            "metrics logged by training_step are computed on " + ("the clean batch" if self.method == "trades" else "the attacked batch"),
+            "metrics logged by training_step are computed on "
+            + ("the clean batch" if self.method == "trades" else "the attacked batch"),
         ]
         if self.threat is not None:
             lines.insert(1, _in_model_units(self.threat))
@@ -248,13 +259,16 @@ class AdversarialTraining(RobustCallback):
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{outside} of {len(x)} inputs leave the pixel bounds {space.bounds} (augmentation?). They keep their own "
+                f"{outside} of {len(x)} inputs leave the pixel bounds {space.bounds} (augmentation?). They keep "
+                f"their own "
                 f"wider bounds and are counted in {self.key('train', 'outside_box')}.",
                 stacklevel=2,
             )
 
     def _log(self, module: Any, metric: str, value: Any, batch_size: int, reduce_fx: str = "mean") -> None:
-        module.log(self.key("train", metric), value, on_step=False, on_epoch=True, batch_size=batch_size, reduce_fx=reduce_fx)
+        module.log(
+            self.key("train", metric), value, on_step=False, on_epoch=True, batch_size=batch_size, reduce_fx=reduce_fx
+        )
 
     def _route(self, step: Step) -> Route:
         return self.probe.routes[step.name]
@@ -270,7 +284,10 @@ def _method(name: str) -> Method:
         if name == known:
             return known  # type: ignore[no-any-return]  # get_args loses the literal
     near = difflib.get_close_matches(name, get_args(Method), 1, cutoff=0.3)
-    raise ValueError(f"method= must be one of {', '.join(get_args(Method))}; got {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+    raise ValueError(
+        f"method= must be one of {', '.join(get_args(Method))}; got {name!r}."
+        + (f" Did you mean {near[0]!r}?" if near else "")
+    )
 
 
 def _attack_for(method: Method, attack: Any) -> Any:
@@ -279,19 +296,27 @@ def _attack_for(method: Method, attack: Any) -> Any:
             return NFGSM(attack)
         if isinstance(attack, NFGSM):
             return attack
-        raise ValueError(f"method='n-fgsm' brings its own attack: give a ThreatModel (or NFGSM with its settings), got {_named(attack)}.")
+        raise ValueError(
+            f"method='n-fgsm' brings its own attack: give a ThreatModel (or NFGSM with its settings), got "
+            f"{_named(attack)}."
+        )
     if isinstance(attack, ThreatModel):
         return PGD(attack, steps=10)
     if method == "trades":
         if not isinstance(attack, PGD):
-            raise ValueError(f"method='trades' crafts with PGD on its own objective: give a PGD or a ThreatModel, got {_named(attack)}.")
+            raise ValueError(
+                f"method='trades' crafts with PGD on its own objective: give a PGD or a ThreatModel, got "
+                f"{_named(attack)}."
+            )
         if attack.objective is not None or attack.start not in (None, "gaussian"):
             raise ValueError(
                 f"method='trades' sets objective (the divergence) and start ('gaussian') of PGD itself, got "
                 f"objective={attack.objective}, start={attack.start!r}. Leave both out."
             )
     if not callable(attack):
-        raise TypeError(f"attack= must be a ThreatModel or a callable (logits_fn, x, y) -> x_adv, got {type(attack).__name__}.")
+        raise TypeError(
+            f"attack= must be a ThreatModel or a callable (logits_fn, x, y) -> x_adv, got {type(attack).__name__}."
+        )
     return attack
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils.data import DistributedSampler, RandomSampler
 
 from lightning_robust.attach.base import RobustCallback
 from lightning_robust.attach.checkpoint import pack_bits, read_entry
-from lightning_robust.attach.probe import CannotRead, Probe, Reading, Route
+from lightning_robust.attach.probe import Probe, ProbeError, Reading, Route
 from lightning_robust.attacks import NFGSM, PGD, guard
 from lightning_robust.losses import LossCall
 from lightning_robust.pictures import attack_strips
@@ -31,8 +31,8 @@ class RobustAccuracy(RobustCallback):
 
     Both numbers are about the same samples: the first ``max_samples`` of each loader, the same in every epoch. A sample
     counts as robust if it is right as it is *and* under every attack. Attacks run in fp32, on random numbers of
-    their own that depend on the sample's index alone: neither the batch size nor the number of processes moves a result,
-    and the training run does not change by a bit.
+    their own that depend on the sample's index alone: neither the batch size nor the number of processes moves a
+    result, and the training run does not change by a bit.
 
     Logs ``robust/val/clean_accuracy``, ``robust/val/accuracy`` (worst case over all attacks) and
     ``robust/val/accuracy_{attack}``, with ``test`` for ``val`` in ``Trainer.test``; of several loaders the first
@@ -43,6 +43,8 @@ class RobustAccuracy(RobustCallback):
     Args:
         attacks: One attack, a list of them, or a dict that names them. Anything ``(logits_fn, x, y) -> x_adv``.
         max_samples: How many samples of each loader are attacked.
+        stages: Where to measure: ``"val"`` (every validation, in ``fit`` too), ``"test"``, or both. A cheap attack
+            for selection and a strong one for the report are two callbacks with one stage each.
         examples: Rows of the example picture in TensorBoard; 0 for none.
         seed: Of the attacks' random starts.
         input_key: Where in the batch the input is, if it cannot be told.
@@ -62,9 +64,14 @@ class RobustAccuracy(RobustCallback):
 
     def __init__(
         self,
-        attacks: PGD | NFGSM | list[PGD | NFGSM | Callable[..., Any]] | dict[str, PGD | NFGSM | Callable[..., Any]] | Callable[..., Any],
+        attacks: PGD
+        | NFGSM
+        | list[PGD | NFGSM | Callable[..., Any]]
+        | dict[str, PGD | NFGSM | Callable[..., Any]]
+        | Callable[..., Any],
         *,
         max_samples: int = 1000,
+        stages: Sequence[str] = ("val", "test"),
         examples: int = 6,
         seed: int = 0,
         input_key: str | int | tuple[str | int, ...] | None = None,
@@ -76,7 +83,12 @@ class RobustAccuracy(RobustCallback):
         super().__init__("robust", name, Probe(input_key, target_key, logits_fn, loss_index))
         self.attacks = _named(attacks)
         if max_samples < 1 or examples < 0:
-            raise ValueError(f"max_samples= must be at least 1 and examples= not negative, got {max_samples} and {examples}.")
+            raise ValueError(
+                f"max_samples= must be at least 1 and examples= not negative, got {max_samples} and {examples}."
+            )
+        if not stages or not set(stages) <= {"val", "test"}:
+            raise ValueError(f"stages= takes 'val', 'test' or both, got {stages!r}.")
+        self.stages = tuple(stages)
         self.max_samples, self.examples, self.seed = max_samples, examples, seed
         self.measured: dict[str, float] = {}
         self._entry: dict[str, Any] = {}
@@ -85,6 +97,10 @@ class RobustAccuracy(RobustCallback):
         self._seen: dict[int, int] = {}
         self._pictures: list[tuple[Tensor, ...]] = []
         self._checked = False
+
+    @property
+    def state_key(self) -> str:
+        return f"{super().state_key}{self.stages}"
 
     def section(self) -> Mapping[str, Any]:
         return {self.area: self._entry} if self._entry else {}
@@ -97,19 +113,25 @@ class RobustAccuracy(RobustCallback):
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._reset()
 
-    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if not trainer.sanity_checking:
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if "val" in self.stages and not trainer.sanity_checking:
             self._measure(trainer, pl_module, ("validation_step",), batch, batch_idx, dataloader_idx)
 
-    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._measure(trainer, pl_module, ("test_step", "validation_step"), batch, batch_idx, dataloader_idx)
+    def on_test_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if "test" in self.stages:
+            self._measure(trainer, pl_module, ("test_step", "validation_step"), batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if not trainer.sanity_checking:
+        if "val" in self.stages and not trainer.sanity_checking:
             self._finish(trainer, pl_module, "val", trainer.val_dataloaders)
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._finish(trainer, pl_module, "test", trainer.test_dataloaders)
+        if "test" in self.stages:
+            self._finish(trainer, pl_module, "test", trainer.test_dataloaders)
 
     # -- one batch -----------------------------------------------------------------------------------------------
 
@@ -118,7 +140,9 @@ class RobustAccuracy(RobustCallback):
 
     # Not only the attack: our own tables too must be ordinary tensors, also under Trainer.test.
     @torch.inference_mode(False)
-    def _measure(self, trainer: Any, pl_module: Any, steps: tuple[str, ...], batch: Any, batch_idx: int, loader: int) -> None:
+    def _measure(
+        self, trainer: Any, pl_module: Any, steps: tuple[str, ...], batch: Any, batch_idx: int, loader: int
+    ) -> None:
         world, rank = trainer.world_size, trainer.global_rank
         if loader not in self._scores:
             self._scores[loader] = torch.zeros(FIRST_ATTACK + len(self.attacks), self.max_samples)
@@ -147,17 +171,22 @@ class RobustAccuracy(RobustCallback):
         with torch.no_grad():
             clean = reading.read(reading.x)
         if clean.logits.shape[:1] != reading.x.shape[:1]:
-            raise CannotRead(
-                f"the loss gets {clean.logits.shape[0] if clean.logits.ndim else 'no'} rows for a batch of {n} samples, so that "
+            raise ProbeError(
+                f"the loss gets {clean.logits.shape[0] if clean.logits.ndim else 'no'} rows for a batch of {n} "
+                f"samples, so that "
                 f"rows cannot be told apart by sample. Give logits_fn= that returns (N, K, ...) and target_key=."
             )
         scores[0, kept] = 1.0
         scores[CLEAN, kept] = clean.correct().cpu()[keep]
-        self._ids[loader] += sum(_fingerprint(i, x) for i, x in zip(kept.tolist(), reading.x[keep.to(reading.x.device)], strict=True))
+        self._ids[loader] += sum(
+            _fingerprint(i, x) for i, x in zip(kept.tolist(), reading.x[keep.to(reading.x.device)], strict=True)
+        )
         for row, (name, attack) in enumerate(self.attacks.items(), FIRST_ATTACK):
             if isinstance(attack, (PGD, NFGSM)):
                 space = replace(attack.threat.pixels, outside="widen")
-                attack = replace(attack, threat=replace(attack.threat, pixels=space), objective=attack.objective or reading)
+                attack = replace(
+                    attack, threat=replace(attack.threat, pixels=space), objective=attack.objective or reading
+                )
             noise = [seeded(self.seed, int(i)) for i in index]
             perturbed = guard(attack)(reading.logits, reading.x, clean.target, generator=noise)
             with torch.no_grad():
@@ -171,7 +200,13 @@ class RobustAccuracy(RobustCallback):
         if x.ndim != 4 or clean.predictions().shape != x.shape[:1]:
             return  # no pictures, or no single prediction a picture
         space: PixelSpace = attack.threat.pixels if hasattr(attack, "threat") else PixelSpace()
-        rows = (space.to_pixels(x), space.to_pixels(perturbed), clean.labels(), clean.predictions(), attacked.predictions())
+        rows = (
+            space.to_pixels(x),
+            space.to_pixels(perturbed),
+            clean.labels(),
+            clean.predictions(),
+            attacked.predictions(),
+        )
         self._pictures += list(zip(*(r.detach().cpu() for r in rows), strict=True))
 
     # -- one epoch -----------------------------------------------------------------------------------------------
@@ -216,7 +251,9 @@ class RobustAccuracy(RobustCallback):
     def _show_pictures(self, trainer: Any, stage: str) -> None:
         if not self._pictures or not trainer.is_global_zero:
             return
-        clean, perturbed, labels, before, after = (torch.stack(c) for c in zip(*self._pictures[: self.examples], strict=True))
+        clean, perturbed, labels, before, after = (
+            torch.stack(c) for c in zip(*self._pictures[: self.examples], strict=True)
+        )
         threat = getattr(next(iter(self.attacks.values())), "threat", None)
         bounds = None if threat is None else threat.pixels.bounds
         bounds = bounds or (float(clean.min()), max(float(clean.max()), float(clean.min()) + 1e-6))
@@ -243,10 +280,14 @@ class RobustAccuracy(RobustCallback):
         for attack in self.attacks.values():
             if hasattr(attack, "threat"):
                 attack.threat.pixels.check(reading.x)
-        self.say(trainer, f"RobustAccuracy: {', '.join(self.attacks)} on the first {self.max_samples} samples of each loader.")
+        self.say(
+            trainer,
+            f"RobustAccuracy: {', '.join(self.attacks)} on the first {self.max_samples} samples of each loader.",
+        )
         if isinstance(getattr(_nth(_loaders(trainer), loader), "sampler", None), RandomSampler):
             warnings.warn(
-                "the evaluation loader shuffles, so that each epoch attacks other samples and numbers of different epochs or "
+                "the evaluation loader shuffles, so that each epoch attacks other samples and numbers of "
+                "different epochs or "
                 "checkpoints cannot be compared; use shuffle=False.",
                 stacklevel=2,
             )
@@ -257,13 +298,19 @@ def _named(attacks: Any) -> dict[str, Any]:
     if isinstance(attacks, Mapping):
         pairs = [(str(name), attack) for name, attack in attacks.items()]
     else:
-        pairs = [(getattr(a, "name", None) or getattr(a, "__name__", None) or type(a).__name__.lower(), a) for a in listed]
+        pairs = [
+            (getattr(a, "name", None) or getattr(a, "__name__", None) or type(a).__name__.lower(), a) for a in listed
+        ]
     names = [name for name, _ in pairs]
     if not pairs or len(set(names)) < len(names):
-        raise ValueError(f"RobustAccuracy needs attacks with different names, got {names}; name them: {{'strong': PGD(...), ...}}.")
+        raise ValueError(
+            f"RobustAccuracy needs attacks with different names, got {names}; name them: {{'strong': PGD(...), ...}}."
+        )
     for name, attack in pairs:
         if not callable(attack):
-            raise TypeError(f"attack {name!r} must be a callable (logits_fn, x, y) -> x_adv, got {type(attack).__name__}.")
+            raise TypeError(
+                f"attack {name!r} must be a callable (logits_fn, x, y) -> x_adv, got {type(attack).__name__}."
+            )
     return dict(pairs)
 
 

@@ -1,0 +1,239 @@
+"""One run of a recipe: fit, keep the best weights, report on held-out data, write down what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_robust import _version
+from lightning_robust.attach.step import defines
+from lightning_robust.recipe import Recipe, RecipeError, compose, instantiate
+
+__all__ = ["Results", "evaluate", "fit", "latest", "table"]
+
+RAW, RESOLVED, RESULTS = "recipe.yaml", "recipe.resolved.yaml", "results.json"
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run leaves in ``results.json``.
+
+    Attributes:
+        recipe: Name of the recipe.
+        run: Folder of the run.
+        checkpoint: The weights that the metrics belong to.
+        metrics: Everything logged on the test data, by log key.
+        seed: Of the run.
+        seconds: Wall time of training and testing.
+        resolved: The recipe as it was built.
+    """
+
+    recipe: str
+    run: str
+    checkpoint: str | None
+    metrics: dict[str, float]
+    seed: int
+    seconds: float
+    resolved: dict[str, Any]
+
+    def write(self) -> None:
+        """Write ``results.json`` into the run's folder."""
+        content = {**vars(self), "written_by": f"lightning_robust {_version.__version__}"}
+        (Path(self.run) / RESULTS).write_text(json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, run: Path) -> Results:
+        """Read what :meth:`write` wrote."""
+        content = json.loads((run / RESULTS).read_text())
+        content.pop("written_by", None)
+        return cls(**{**content, "run": str(run)})
+
+
+def fit(
+    name: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    output: str | Path = "runs",
+    resume: str | Path | None = None,
+    dry: bool = False,
+) -> Results | None:
+    """Train a recipe and test its best weights.
+
+    Args:
+        name: A shipped recipe or a YAML file.
+        overrides: ``key=value`` changes.
+        output: Runs are written to ``output/recipe/version_N``.
+        resume: Folder of a killed run to go on with, from its last checkpoint.
+        dry: Build everything, train nothing.
+
+    Returns:
+        The results, or None where nothing was trained or there is no test data.
+
+    Raises:
+        RecipeError: If the recipe cannot be built, or there is nothing to resume from.
+    """
+    start = time.monotonic()
+    recipe = compose(name if resume is None else Path(resume) / RAW, overrides)
+    stem = Path(str(name)).stem
+    folder = Path(resume) if resume is not None else _next_version(Path(output) / stem)
+    checkpoint = _last_checkpoint(folder) if resume is not None else None
+    trainer, module, data = instantiate(recipe, folder)
+    if dry:
+        return None
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RAW).write_text(recipe.raw_yaml)
+        (folder / RESOLVED).write_text(recipe.resolved_yaml)
+        _show_text(trainer, {"recipe/raw": recipe.raw_yaml, "recipe/resolved": recipe.resolved_yaml})
+    trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+    return _report(trainer, module, data, recipe, stem, folder, best, start)
+
+
+def evaluate(run: str | Path, overrides: Sequence[str] = (), *, checkpoint: str | None = None) -> Results | None:
+    """Test a finished (or killed) run again, for instance with other attacks.
+
+    Args:
+        run: Folder of the run.
+        overrides: ``key=value`` changes of its recipe.
+        checkpoint: Weights to test; by default those that the run's results belong to, else its last ones.
+    """
+    start, folder = time.monotonic(), Path(run)
+    recipe = compose(folder / RAW, overrides)
+    if checkpoint is None:
+        known = Results.read(folder).checkpoint if (folder / RESULTS).is_file() else None
+        checkpoint = known or str(_last_checkpoint(folder))
+    trainer, module, data = instantiate(recipe, folder, log=False)  # the curves of the run stay as they are
+    return _report(trainer, module, data, recipe, folder.parent.name, folder, checkpoint, start, write=False)
+
+
+def _report(
+    trainer: Any,
+    module: Any,
+    data: Any,
+    recipe: Recipe,
+    name: str,
+    folder: Path,
+    checkpoint: str | None,
+    start: float,
+    write: bool = True,
+) -> Results | None:
+    if not defines(module, "test_step") or not any(
+        part is not None and defines(part, "test_dataloader") for part in (data, module)
+    ):
+        return None
+    trainer.test(module, datamodule=data, ckpt_path=checkpoint, verbose=False)
+    tested = {key: float(value) for key, value in trainer.callback_metrics.items() if "test" in key.split("/")[:2]}
+    seed = int(recipe.resolved.get("seed", 0))
+    results = Results(name, str(folder), checkpoint, tested, seed, round(time.monotonic() - start, 1), recipe.resolved)
+    if write and trainer.is_global_zero:
+        results.write()
+        (folder / "results.md").write_text(table([results]) + "\n")
+    return results
+
+
+def table(columns: Sequence[Results]) -> str:
+    """Results side by side as a Markdown table, one row a metric, in percent where it is an accuracy.
+
+    Example:
+        >>> metrics = {"robust/test/clean_accuracy": 0.976}
+        >>> one = Results("quickstart", "runs/quickstart/version_0", None, metrics, 0, 1.0, {})
+        >>> print(table([one]))
+        | on held-out test data | quickstart |
+        | --- | ---: |
+        | clean accuracy | 97.6 % |
+    """
+    rows = [("on held-out test data", *(result.recipe for result in columns))]
+    for key in columns[0].metrics:
+        label = _label(key, columns[0].metrics)
+        if label is not None:
+            rows.append((label, *(_shown(key, result.metrics.get(key)) for result in columns)))
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "| --- |" + " ---: |" * len(columns))
+    return "\n".join(lines)
+
+
+def _label(key: str, metrics: Mapping[str, float]) -> str | None:
+    area, _, metric = key.partition("/test/")
+    if not metric or area.split(".")[0] != "robust":
+        return None
+    where = area.partition(".")[2]
+    suffix = f" ({where})" if where else ""
+    if metric == "accuracy":
+        attacks = [name for name in metrics if name.startswith(f"{area}/test/accuracy_")]
+        return f"accuracy, worst of {len(attacks)} attacks{suffix}" if len(attacks) > 1 else None
+    if metric.startswith("accuracy_"):
+        return f"accuracy under {_attack_label(metric.removeprefix('accuracy_'))}{suffix}"
+    return metric.replace("_", " ") + suffix
+
+
+def _attack_label(name: str) -> str:
+    match = re.fullmatch(r"pgd(\d+)(?:x(\d+))?_(\w+?)_([\d.e-]+)", name)
+    if not match:
+        return name
+    restarts = f" with {match[2]} restarts" if match[2] else ""
+    return f"PGD-{match[1]}{restarts}, {match[3]} {match[4]}"
+
+
+def _shown(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if "accuracy" in key else f"{value:.3f}"
+
+
+def latest(output: str | Path, name: str, *, finished: bool = False) -> Path | None:
+    """The newest run of a recipe, or None.
+
+    Args:
+        output: Folder of all runs.
+        name: The recipe's name.
+        finished: Only runs that have results.
+    """
+    runs = sorted((Path(output) / name).glob("version_*"), key=_version_of)
+    runs = [run for run in runs if (run / (RESULTS if finished else RAW)).is_file()]
+    return runs[-1] if runs else None
+
+
+def tensorboard_command(output: str | Path) -> str:
+    """What to type to look at the runs."""
+    beside = Path(sys.executable).parent / "tensorboard"
+    try:
+        program = str(beside.relative_to(Path.cwd()))
+    except ValueError:
+        program = "tensorboard"
+    return f"{program} --logdir {output}"
+
+
+def _version_of(run: Path) -> int:
+    digits = run.name.removeprefix("version_")
+    return int(digits) if digits.isdigit() else -1
+
+
+def _next_version(folder: Path) -> Path:
+    taken = [_version_of(run) for run in folder.glob("version_*")]
+    return folder / f"version_{max(taken, default=-1) + 1}"
+
+
+def _last_checkpoint(folder: Path) -> Path:
+    found = sorted((folder / "checkpoints").glob("last*.ckpt"), key=lambda p: p.stat().st_mtime)
+    found = found or sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise RecipeError(
+            f"{folder}: nothing to go on with, expected a checkpoint in {folder / 'checkpoints'}. A run can be "
+            f"resumed once its first "
+            f"validation has ended; give its checkpoint callback save_last: true."
+        )
+    return found[-1]
+
+
+def _show_text(trainer: Any, texts: Mapping[str, str]) -> None:
+    for logger in trainer.loggers:
+        if hasattr(logger.experiment, "add_text"):
+            for tag, text in texts.items():
+                logger.experiment.add_text(tag, f"```yaml\n{text}```")
