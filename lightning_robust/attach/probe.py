@@ -33,6 +33,9 @@ _SQUASHING = {
     Tensor.softmax, Tensor.log_softmax, Tensor.sigmoid, Tensor.logsumexp,
 }  # fmt: skip
 
+# Steps log their inputs; what needs no gradient there must not fail or warn because ours has one.
+_TO_PYTHON = {Tensor.numpy, Tensor.__array__, Tensor.__float__, Tensor.__int__, Tensor.item, Tensor.tolist}
+
 
 class ProbeError(RuntimeError):
     """A step could not be read; the message says what was found and which argument helps."""
@@ -67,6 +70,8 @@ class LossWatcher(TorchFunctionMode):
             self.count += 1
         elif func in _SQUASHING and args and isinstance(args[0], Tensor):
             self.hint = f"{getattr(func, '__name__', 'a softmax')} of a tensor {tuple(args[0].shape)} {_place()}"
+        elif self.stop and func in _TO_PYTHON:
+            args = (args[0].detach(), *args[1:])
         return func(*args, **kwargs)
 
 

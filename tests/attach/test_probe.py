@@ -1,0 +1,285 @@
+"""Every shape of user code: what is read, what the attack makes of it, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import zoo
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_robust import PGD, AdversarialTraining, ThreatModel
+from lightning_robust.attach.probe import Probe, ProbeError, Route
+from lightning_robust.attach.seam import install
+from lightning_robust.attach.step import Step
+from lightning_robust.randomness import RandomState
+
+EPS, STEPS, STEP_SIZE = 0.1, 3, 0.06
+shapes = pytest.mark.parametrize("shape", zoo.ZOO, ids=lambda shape: shape.__name__)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash of everything that a step could change: tensors, flags, gradients, attributes, hooks and random streams."""
+    digest = hashlib.sha256()
+
+    def add(value: Any, depth: int = 0) -> None:
+        if isinstance(value, Tensor):
+            digest.update(value.detach().cpu().double().numpy().tobytes() + str(value.requires_grad).encode())
+            digest.update(b"-" if value.grad is None else value.grad.double().numpy().tobytes())
+        elif isinstance(value, dict):
+            for key, child in value.items():
+                digest.update(str(key).encode())
+                add(child, depth + 1)
+        elif isinstance(value, (list, tuple, set)):
+            for child in value:
+                add(child, depth + 1)
+        elif isinstance(value, nn.Module):
+            add(vars(value), depth + 1)
+        elif isinstance(value, (str, int, float, bool, type(None))):
+            digest.update(repr(value).encode())
+        else:
+            digest.update(type(value).__qualname__.encode())
+
+    add(vars(module))
+    state = RandomState.capture()
+    add(state.cpu)
+    digest.update(repr((state.numpy[1].tolist(), state.numpy[2:], state.python)).encode())
+    return digest.hexdigest()
+
+
+@shapes
+def test_what_is_read_is_what_the_loss_gets(shape: type[zoo.Shape]) -> None:
+    module, batch = zoo.standalone(shape).eval(), shape.batch(16)
+    x = shape.image(batch)
+    state = RandomState.capture()
+    logits, target, losses = copy.deepcopy(module).by_hand(copy.deepcopy(batch), x.clone())
+    state.restore()
+    with Probe().reading(Step.of(module, "training_step", batch, 0)) as reading:
+        assert torch.equal(reading.x, x)
+        call = reading.read(reading.x)
+        torch.testing.assert_close(call.logits, logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(call.target, target, rtol=0, atol=1e-7)
+        torch.testing.assert_close(call.per_sample(), losses, rtol=1e-5, atol=1e-6)
+
+
+@shapes
+def test_reading_and_crafting_leave_no_trace(shape: type[zoo.Shape]) -> None:
+    module, batch = zoo.standalone(shape), shape.batch(16)
+    module.net[1].eval()  # a frozen BatchNorm in a training net stays frozen
+    module.net[0].weight.grad = torch.ones_like(module.net[0].weight)
+    module.net[0].bias.requires_grad_(False)
+    before, content = fingerprint(module), copy.deepcopy(batch)
+    probe = Probe()
+    for training in (False, None):
+        with probe.reading(Step.of(module, "training_step", batch, 0), training=training) as reading:
+            PGD(ThreatModel("linf", EPS), steps=2, objective=reading)(reading.logits, reading.x, reading.y)
+    assert fingerprint(module) == before
+    assert str(content) == str(batch)
+
+
+class Spy(pl.Callback):
+    """Keeps what the step was really fed, and the random state that it started from."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+        self.states: list[RandomState] = []
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.handle = install(pl_module, "Spy", before=self._before)
+
+    def _before(self, step: Step) -> None:
+        self.batches.append(copy.deepcopy(step.batch))
+        self.states.append(RandomState.capture())
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self.handle.detach()
+
+
+def attacked_by_hand(module: zoo.Shape, batch: Any, state: RandomState) -> Tensor:
+    module.eval()
+    clean = module.image(batch).clone()
+    x = clean.clone()
+    for _ in range(STEPS):
+        x = x.detach().requires_grad_()
+        state.restore()
+        losses = module.by_hand(copy.deepcopy(batch), x)[2]
+        (gradient,) = torch.autograd.grad(losses.sum(), x)
+        x = x.detach() + STEP_SIZE * gradient.sign()
+        x = (clean + (x - clean).clamp(-EPS, EPS)).clamp(0, 1)
+    return x
+
+
+@shapes
+def test_the_step_is_fed_what_a_hand_written_attack_makes(shape: type[zoo.Shape]) -> None:
+    module = zoo.built(shape)
+    untouched = copy.deepcopy(module)
+    spy = Spy()
+    attack = PGD(ThreatModel("linf", EPS), steps=STEPS, step_size=STEP_SIZE, start="zero")
+    # The spy comes first in the list: order means nothing.
+    zoo.trainer(max_steps=1, callbacks=[spy, AdversarialTraining(attack)]).fit(module, zoo.loader(shape))
+    (fed,) = spy.batches
+    expected = attacked_by_hand(untouched, shape.batch(16), spy.states[0])
+    torch.testing.assert_close(shape.image(fed), expected, rtol=0, atol=1e-6)
+    assert type(fed) is type(shape.batch(16))
+    assert not torch.equal(shape.image(fed), shape.image(shape.batch(16)))
+
+
+@shapes
+def test_training_with_a_radius_of_zero_is_bit_identical_to_training_without_us(shape: type[zoo.Shape]) -> None:
+    prints, logged = [], []
+    for callbacks in ([], [AdversarialTraining(PGD(ThreatModel("linf", 0.0), steps=2))]):
+        module = zoo.built(shape)
+        trainer = zoo.trainer(max_epochs=2, callbacks=callbacks)
+        trainer.fit(module, zoo.loader(shape))
+        vars(module)["_trainer"] = None
+        prints.append(fingerprint(module))
+        logged.append({key: value.item() for key, value in trainer.callback_metrics.items()})
+    assert prints[0] == prints[1]
+    assert logged[0] == logged[1]
+
+
+def reading_error(module: Any, batch: Any, **settings: Any) -> str:
+    with pytest.raises(ProbeError) as caught:
+        Probe(**settings).discover(Step.of(module, "training_step", batch, 0))
+    return str(caught.value)
+
+
+class Tokens(zoo.Shape):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(torch.randn(4, 10, requires_grad=True), batch["label"])
+
+
+class FrozenBackbone(zoo.Shape):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        with torch.no_grad():
+            features = self.net[:-1](x)
+        return F.cross_entropy(self.net[-1](features), y)
+
+
+class TwoInputs(zoo.Shape):
+    @staticmethod
+    def batch(n):
+        return {"left": zoo.images(n), "right": zoo.images(n, 1), "label": zoo.labels(n)}
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch["left"] + batch["right"]), batch["label"])
+
+
+class HandWrittenLoss(zoo.Shape):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        log_p = self.net(x).log_softmax(1)
+        return -log_p.gather(1, y[:, None]).mean()
+
+
+class ManualWithTwoLosses(zoo.ManualOptimisation):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+UNREADABLE: list[tuple[str, Any, Any, dict[str, Any], list[str]]] = [
+    ("token ids", Tokens, {"ids": torch.ones(4, 5).long(), "label": zoo.labels(4)}, {}, ["no floating-point input", "ids", "Token"]),
+    ("integer images", zoo.ListBatch, [torch.zeros(4, 1, 8, 8, dtype=torch.uint8), zoo.labels(4)], {}, ["uint8 (4, 1, 8, 8)", "cast"]),
+    ("frozen backbone", FrozenBackbone, zoo.ListBatch.batch(4), {}, ["no gradient reaches", "no_grad"]),
+    ("two inputs", TwoInputs, TwoInputs.batch(4), {}, ["batch['left'], batch['right']", "input_key='left'"]),
+    ("an iterator", zoo.ListBatch, iter([1]), {}, ["iterator", "dataloader_iter"]),
+    ("a hand-written loss", HandWrittenLoss, zoo.ListBatch.batch(4), {}, ["logits_fn=", "log_softmax", "(4, 10)", "training_step (test_probe.py"]),
+    ("loss_index too large", zoo.ListBatch, zoo.ListBatch.batch(4), {"loss_index": 2}, ["loss_index=2", "only 1"]),
+    ("input_key of a label", zoo.ListBatch, zoo.ListBatch.batch(4), {"input_key": 1}, ["batch[1]", "no floating-point"]),
+    ("reading past a backward", ManualWithTwoLosses, zoo.ListBatch.batch(4), {"loss_index": 1}, ["manual_backward", "logits_fn="]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "settings", "says"), [row[1:] for row in UNREADABLE], ids=[r[0] for r in UNREADABLE]
+)
+def test_what_cannot_be_read_is_an_error_that_names_the_remedy(
+    shape: Any, batch: Any, settings: Any, says: list[str]
+) -> None:
+    module = zoo.standalone(shape)
+    before = fingerprint(module)
+    message = reading_error(module, batch, **settings)
+    for words in says:
+        assert words in message
+    assert fingerprint(module) == before
+
+
+def test_a_wrong_key_lists_what_the_batch_has() -> None:
+    with pytest.raises(KeyError, match=r"batch\['image'\].*batch\['left'\], batch\['right'\], batch\['label'\]"):
+        Probe(input_key="image").discover(Step.of(zoo.standalone(TwoInputs), "training_step", TwoInputs.batch(4), 0))
+
+
+def test_input_key_settles_several_inputs() -> None:
+    route = Probe(input_key="right").discover(
+        Step.of(zoo.standalone(TwoInputs), "training_step", TwoInputs.batch(4), 0)
+    )
+    assert route.input == ("right",)
+    assert route.target == ("label",)
+
+
+def test_logits_fn_and_target_key_serve_a_hand_written_loss() -> None:
+    module, batch = zoo.standalone(HandWrittenLoss).eval(), zoo.ListBatch.batch(4)
+    probe = Probe(logits_fn=lambda module, batch: module.net(batch[0]), target_key=1)
+    with probe.reading(Step.of(module, "training_step", batch, 0)) as reading:
+        call = reading.read(reading.x)
+    torch.testing.assert_close(call.logits, module.net(batch[0]))
+    assert torch.equal(call.target, batch[1])
+    with pytest.raises(ValueError, match="target_key"):
+        Probe(logits_fn=lambda module, batch: batch)
+
+
+class TwoLosses(zoo.Shape):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x), y) + F.cross_entropy(self.net(1 - x), y)
+
+
+def test_loss_index_reads_another_loss() -> None:
+    module, batch = zoo.standalone(TwoLosses).eval(), zoo.ListBatch.batch(4)
+    for index, x in enumerate((batch[0], 1 - batch[0])):
+        with Probe(loss_index=index).reading(Step.of(module, "training_step", batch, 0)) as reading:
+            torch.testing.assert_close(reading.read(reading.x).logits, module.net(x))
+
+
+class SilentValidation(zoo.ListBatch):
+    """Its validation computes no loss."""
+
+    def validation_step(self, batch, batch_idx):
+        x, _y = batch
+        return self.net(x).argmax(1)
+
+
+def test_a_validation_without_loss_is_read_at_the_module_that_gave_logits_in_training() -> None:
+    module, batch = zoo.standalone(SilentValidation).eval(), zoo.ListBatch.batch(4)
+    probe = Probe()
+    assert probe.discover(Step.of(module, "training_step", batch, 0)).module == "net"
+    step = probe.for_evaluation(module, ("validation_step",), batch, 0)
+    assert step.name == "validation_step"
+    with probe.reading(step) as reading:
+        torch.testing.assert_close(reading.read(reading.x).logits, module.net(batch[0]))
+        assert torch.equal(reading.y, batch[1])
+
+
+def test_without_a_trained_route_training_step_stands_in_only_if_it_agrees_with_itself() -> None:
+    module, batch = zoo.standalone(SilentValidation), zoo.ListBatch.batch(4)
+    assert Probe().for_evaluation(module, ("validation_step",), batch, 0).name == "training_step"
+
+    class Random(zoo.NumpyMixup):
+        def validation_step(self, batch, batch_idx):
+            return None
+
+    with pytest.raises(ProbeError, match="logits_fn="):
+        Probe().for_evaluation(zoo.standalone(Random), ("validation_step",), batch, 0)
+
+
+def test_a_route_survives_the_way_into_a_checkpoint_and_back() -> None:
+    route = Probe().discover(Step.of(zoo.standalone(zoo.NestedBatch), "training_step", zoo.NestedBatch.batch(4), 0))
+    assert route == Route("training_step", (0, 0), (1,), "cross_entropy", "net")
+    assert Route.from_dict(route.to_dict()) == route
