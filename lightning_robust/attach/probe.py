@@ -394,7 +394,7 @@ class Probe:
             step = Step.of(module, written[0], *args)
             route = replace(known[0], step=step.name, target=self.target_path or known[0].target, stop_at_module=True)
             with _quiet(module, False, False):
-                self.call(step, route)
+                self.call(step.with_batch(rebuilt(step.batch, {}, _copied)), route)
             self.routes[step.name] = route
             return step
         if defines(module, "training_step"):
