@@ -1,0 +1,165 @@
+"""The seam: feed, add, run under; any order; and nothing left, however it ends."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import zoo
+from torch.nn import functional as F
+
+from lightning_robust.attach.seam import install, leave_weights
+from lightning_robust.attach.step import Step
+
+
+class Linear(zoo.Shape):
+    """A loss whose gradient can be told by looking: the mean of w * x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(1, 1, bias=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return (
+            F.cross_entropy(self.net.weight.expand(1, 1) * batch[0], torch.zeros(1).long()) * 0
+            + (self.net(batch[0])).sum()
+        )
+
+
+def doubled(step: Step) -> Any:
+    return [step.batch[0] * 2]
+
+
+def ten_w(step: Step, call: Any, state: Any) -> dict[str, torch.Tensor]:
+    return {"ten_w": 10 * step.module.net.weight.sum()}
+
+
+@pytest.mark.parametrize("order", [("feed", "add"), ("add", "feed")])
+def test_a_step_is_fed_and_added_to_in_any_order(order: tuple[str, str]) -> None:
+    module = Linear()
+    for kind in order:
+        install(module, kind, **({"feed": doubled} if kind == "feed" else {"add": ten_w}))
+    loss = module.training_step([torch.ones(1, 1)], 0)
+    (gradient,) = torch.autograd.grad(loss, module.net.weight)
+    assert float(gradient) == 2 * 1 + 10  # w * (2 x) + 10 w
+
+
+def test_what_the_step_returns_keeps_its_type_and_its_own_objects() -> None:
+    returned = {"loss": torch.ones((), requires_grad=True), "extra": [1]}
+
+    class Returning(Linear):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return returned
+
+    module = Returning()
+    install(module, "test", add=ten_w)
+    output = module.training_step([torch.ones(1, 1)], 0)
+    assert output is not returned
+    assert output["extra"] is returned["extra"]
+    assert float(returned["loss"].detach()) == 1  # the user's own dict is untouched
+
+
+def test_the_signature_stays_and_the_last_one_out_puts_the_module_back() -> None:
+    module = zoo.NoBatchIdx()
+    before = set(vars(module))
+    first, second = install(module, "a", feed=lambda step: step.batch), install(module, "b", before=lambda step: None)
+    assert list(inspect.signature(module.training_step).parameters) == ["batch"]
+    first.detach()
+    assert "training_step" in vars(module)
+    second.detach()
+    second.detach()
+    assert set(vars(module)) == before
+
+
+def test_an_instance_attribute_that_was_there_is_put_back() -> None:
+    module = zoo.ListBatch()
+    mine = vars(module)["training_step"] = torch.compile(module.training_step, backend="eager")
+    handle = install(module, "test", feed=lambda step: step.batch)
+    assert vars(module)["training_step"] is not mine
+    handle.detach()
+    assert vars(module)["training_step"] is mine
+
+
+def test_a_deep_copy_runs_its_own_weights() -> None:
+    module = Linear()
+    install(module, "test", feed=doubled)
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        twin.net.weight.fill_(3.0)
+    assert float(twin.training_step([torch.ones(1, 1)], 0).detach()) == 6.0
+
+
+@contextmanager
+def heavier(step: Step) -> Iterator[None]:
+    """Other weights for one step: swap the data, put the very same storage back."""
+    weight = step.module.net.weight
+    kept = weight.data
+    weight.data = kept + 5
+    try:
+        yield
+    finally:
+        weight.data = kept
+
+
+def test_a_step_runs_under_other_weights_until_its_backward_pass_is_over() -> None:
+    module = Linear()
+    storage, before = module.net.weight.data_ptr(), module.net.weight.detach().clone()
+    install(module, "test", under=heavier)
+    loss = module.training_step([torch.ones(1, 1)], 0)
+    assert float(loss.detach()) == pytest.approx(float(before) + 5)
+    loss.backward()
+    leave_weights(module)
+    assert module.net.weight.data_ptr() == storage
+    assert torch.equal(module.net.weight, before)
+
+
+def test_other_weights_are_left_when_the_step_fails_or_is_skipped() -> None:
+    class Failing(Linear):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx:
+                raise ZeroDivisionError
+
+    module = Failing()
+    storage = module.net.weight.data_ptr()
+    install(module, "test", under=heavier)
+    assert module.training_step([torch.ones(1, 1)], 0) is None
+    assert module.net.weight.data_ptr() == storage
+    with pytest.raises(ZeroDivisionError):
+        module.training_step([torch.ones(1, 1)], 1)
+    assert module.net.weight.data_ptr() == storage
+
+
+class Heavier(pl.Callback):
+    """The life of a weight perturbation in a real run."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.handle = install(pl_module, "Heavier", under=heavier)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        leave_weights(pl_module)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self.handle.detach()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_are_those_of_the_other_weights_and_the_optimizer_moves_the_real_ones(accumulate: int) -> None:
+    class Square(Linear):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net.weight.square().sum()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Square()
+    with torch.no_grad():
+        module.net.weight.fill_(1.0)
+    trainer = zoo.trainer(max_steps=1, accumulate_grad_batches=accumulate, callbacks=[Heavier()])
+    trainer.fit(module, zoo.loader(zoo.ListBatch))
+    assert float(module.net.weight.detach()) == pytest.approx(1.0 - 0.1 * 2 * (1.0 + 5.0))
