@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -93,12 +93,11 @@ def _rebuilt(node: Any, here: Path, replace: Mapping[Path, Any], leaf: Callable[
         return leaf(node)
     children = {name: _rebuilt(child, (*here, name), replace, leaf) for name, child in items}
     if isinstance(node, Mapping):
+        if not isinstance(node, MutableMapping):
+            return type(node)(children)  # type: ignore[call-arg]  # immutable mappings take a mapping
         fresh = copy.copy(node)  # keeps the type: defaultdict, OrderedDict, a tokenizer's BatchEncoding
-        if isinstance(fresh, dict) or hasattr(fresh, "__setitem__"):
-            for name, child in children.items():
-                fresh[name] = child
-            return fresh
-        return type(node)(children)  # type: ignore[call-arg]  # immutable mappings take a mapping
+        fresh.update(children)
+        return fresh
     if isinstance(node, tuple):
         return type(node)(*children.values()) if hasattr(node, "_fields") else type(node)(children.values())
     if isinstance(node, list):

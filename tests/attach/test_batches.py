@@ -1,0 +1,100 @@
+"""Batches of any make: found, replaced, rebuilt; the original is never written to."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, namedtuple
+from dataclasses import dataclass
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_robust.attach.batches import as_path, described, get, leaves, rebuilt, shown
+
+Pair = namedtuple("Pair", "image label")
+
+
+@dataclass(frozen=True)
+class Frozen:
+    image: Any
+    label: Any
+
+
+def made(kind: str, image: Any, label: Any) -> Any:
+    return {
+        "list": [image, label],
+        "tuple": (image, label),
+        "dict": {"image": image, "label": label},
+        "ordered": OrderedDict(image=image, label=label),
+        "defaultdict": defaultdict(list, image=image, label=label),
+        "read-only mapping": MappingProxyType({"image": image, "label": label}),
+        "named tuple": Pair(image, label),
+        "frozen dataclass": Frozen(image, label),
+        "plain object": SimpleNamespace(image=image, label=label),
+        "nested": {"views": [(image, "a name")], "label": label, "nothing": None},
+    }[kind]
+
+
+KINDS = [
+    "list",
+    "tuple",
+    "dict",
+    "ordered",
+    "defaultdict",
+    "read-only mapping",
+    "named tuple",
+    "frozen dataclass",
+    "plain object",
+    "nested",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_leaf_is_replaced_in_a_new_batch_of_the_same_make(kind: str) -> None:
+    image, label, other = torch.zeros(2), torch.ones(2), torch.full((2,), 7.0)
+    batch = made(kind, image, label)
+    path = next(path for path, leaf in leaves(batch) if leaf is image)
+    fresh = rebuilt(batch, {path: other})
+    assert type(fresh) is type(batch)
+    assert get(fresh, path) is other
+    assert get(batch, path) is image
+    assert [leaf for p, leaf in leaves(fresh) if p != path][-1] is [leaf for p, leaf in leaves(batch) if p != path][-1]
+    assert fresh is not batch
+
+
+def test_writing_into_the_new_containers_leaves_the_old_ones_alone() -> None:
+    batch = {"views": [1, 2], "label": 3}
+    fresh = rebuilt(batch, {})
+    fresh["views"].append(4)
+    del fresh["label"]
+    assert batch == {"views": [1, 2], "label": 3}
+
+
+def test_a_named_tuple_is_addressed_by_name_and_by_position() -> None:
+    batch = Pair(1, 2)
+    assert get(batch, ("label",)) == get(batch, (1,)) == get(batch, (-1,)) == 2
+
+
+def test_a_bare_tensor_is_a_batch_with_one_leaf() -> None:
+    x = torch.zeros(3)
+    assert list(leaves(x)) == [((), x)]
+    assert rebuilt(x, {(): 5}) == 5
+    assert shown(()) == "batch"
+
+
+def test_what_is_not_there_is_an_error_that_lists_what_is() -> None:
+    with pytest.raises(KeyError, match=r"nothing at batch\['x'\]; it has batch\['image'\], batch\['label'\]"):
+        get({"image": 1, "label": 2}, ("x",))
+
+
+def test_keys_are_single_or_a_way_inwards() -> None:
+    assert as_path("image") == ("image",)
+    assert as_path(0) == (0,)
+    assert as_path(("a", 1)) == ("a", 1)
+
+
+def test_a_description_has_types_and_shapes_and_an_end() -> None:
+    assert described([torch.zeros(2, 3), "x", None]) == "batch[0] float32 (2, 3), batch[1] str, batch[2] NoneType"
+    assert described({str(i): i for i in range(20)}).endswith("and 8 more")
+    assert described([]) == "an empty batch"
