@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_robust import _version
+from lightning_robust.attach.base import show_text
 from lightning_robust.attach.step import defines
 from lightning_robust.recipe import Recipe, RecipeError, compose, instantiate
 
@@ -90,7 +91,8 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RAW).write_text(recipe.raw_yaml)
         (folder / RESOLVED).write_text(recipe.resolved_yaml)
-        _show_text(trainer, {"recipe/raw": recipe.raw_yaml, "recipe/resolved": recipe.resolved_yaml})
+        for tag, text in {"recipe/raw": recipe.raw_yaml, "recipe/resolved": recipe.resolved_yaml}.items():
+            show_text(trainer, tag, f"```yaml\n{text}```")
     trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     return _report(trainer, module, data, recipe, stem, folder, best, start)
@@ -230,10 +232,3 @@ def _last_checkpoint(folder: Path) -> Path:
             f"validation has ended; give its checkpoint callback save_last: true."
         )
     return found[-1]
-
-
-def _show_text(trainer: Any, texts: Mapping[str, str]) -> None:
-    for logger in trainer.loggers:
-        if hasattr(logger.experiment, "add_text"):
-            for tag, text in texts.items():
-                logger.experiment.add_text(tag, f"```yaml\n{text}```")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from lightning_robust._version import __version__
 from lightning_robust.attach.checkpoint import read_entry, record_into_every_checkpoint, write_entry
@@ -24,12 +27,21 @@ else:
         _bases += (_LightningCallback,)
     _Callback = type("_Callback", _bases, {})
 
-__all__ = ["RobustCallback", "log"]
+__all__ = ["RobustCallback", "log", "show_text"]
 
 log = logging.getLogger("lightning_robust")
+
+
+class _BesideProgressBars(logging.Handler):
+    """Writes lines without tearing up a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 if not logging.root.handlers and not log.handlers:
     # As Lightning does: an application that configures no logging still sees what was found.
-    _handler = logging.StreamHandler()
+    _handler = _BesideProgressBars()
     _handler.setFormatter(logging.Formatter("lightning_robust: %(message)s"))
     log.addHandler(_handler)
     log.setLevel(logging.INFO)
@@ -79,6 +91,10 @@ class RobustCallback(_Callback):
         if trainer.is_global_zero:
             log.info(message)
 
+    def settings(self) -> Mapping[str, Any]:
+        """What decides the numbers of this callback, for the loggers; for subclasses."""
+        return {}
+
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -87,6 +103,8 @@ class RobustCallback(_Callback):
         if first is self:
             # One patch for all of us, in the hands of the first.
             self.on_detach(record_into_every_checkpoint(pl_module, lambda: _sections(trainer), __version__))
+        rows = "\n".join(f"| {name} | `{value}` |" for name, value in self.settings().items())
+        show_text(trainer, self.key("settings", type(self).__name__), f"| setting | value |\n|---|---|\n{rows}")
         self.attach(trainer, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -115,6 +133,14 @@ class RobustCallback(_Callback):
             for undo in self._undo:
                 stack.callback(undo)
             self._undo = []
+
+
+def show_text(trainer: Any, tag: str, text: str) -> None:
+    """Markdown into every logger that takes text; by what it can do, since the two Lightnings have two loggers."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_text"):
+                logger.experiment.add_text(tag, text)
 
 
 def _sections(trainer: Any) -> dict[str, Any]:

@@ -132,6 +132,14 @@ class Reading:
         self.call: LossCall | None = None
 
     @property
+    def found(self) -> str:
+        """What was found, for the user to check."""
+        route = self._route
+        target = "made by the step" if route.target is None else shown(route.target)
+        source = "" if route.module is None else f" from {route.module or 'forward'!r}"
+        return f"input {shown(route.input)} {tuple(self.x.shape)}, targets {target}, {route.kind}{source}"
+
+    @property
     def y(self) -> Tensor:
         """The targets as the loss gets them."""
         if self.call is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_robust.attach.base import RobustCallback
-from lightning_robust.attach.batches import rebuilt, shown
+from lightning_robust.attach.batches import rebuilt
 from lightning_robust.attach.probe import Probe, ProbeError, Reading, Route
 from lightning_robust.attach.seam import install
 from lightning_robust.attach.step import Step
@@ -118,6 +118,11 @@ class AdversarialTraining(RobustCallback):
         self._batch_idx = 0
         self._crafted: Tensor | None = None
         self._checked = self._warned = False
+
+    def settings(self) -> Mapping[str, Any]:
+        own = {"warmup_epochs": self.warmup_epochs, "craft_mode": self.craft_mode, "seed": self.seed}
+        weight = {"beta": self.beta} if self.method == "trades" else {}
+        return {"attack": self.attack, "method": self.method, **weight, **own}
 
     # -- when ----------------------------------------------------------------------------------------------------
 
@@ -227,12 +232,8 @@ class AdversarialTraining(RobustCallback):
         self._checked = True
         if self.threat is not None:
             self.threat.pixels.check(reading.x)
-        route = self._route(step)
-        target = "made by the step" if route.target is None else shown(route.target)
-        source = "" if route.module is None else f" from {route.module or 'forward'!r}"
         lines = [
-            f"{self}: {_named(self.attack)} on {shown(route.input)} {tuple(reading.x.shape)}, targets {target}, "
-            f"{route.kind}{source}",
+            f"{self}: {_named(self.attack)}, {reading.found}",
             self._cost(step.module),
             "metrics logged by training_step are computed on "
             + ("the clean batch" if self.method == "trades" else "the attacked batch"),

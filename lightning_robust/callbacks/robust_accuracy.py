@@ -105,6 +105,9 @@ class RobustAccuracy(RobustCallback):
     def section(self) -> Mapping[str, Any]:
         return {self.area: self._entry} if self._entry else {}
 
+    def settings(self) -> Mapping[str, Any]:
+        return {**self.attacks, "max_samples": self.max_samples, "stages": ", ".join(self.stages), "seed": self.seed}
+
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -282,7 +285,8 @@ class RobustAccuracy(RobustCallback):
                 attack.threat.pixels.check(reading.x)
         self.say(
             trainer,
-            f"RobustAccuracy: {', '.join(self.attacks)} on the first {self.max_samples} samples of each loader.",
+            f"RobustAccuracy: {', '.join(self.attacks)} on the first {self.max_samples} samples of each loader; "
+            f"{reading.found}.",
         )
         if isinstance(getattr(_nth(_loaders(trainer), loader), "sampler", None), RandomSampler):
             warnings.warn(
