@@ -133,15 +133,25 @@ class LossCall:
         right = (self.predictions() == self.labels()).float()
         if right.ndim == 1:
             return right
-        counted = (
-            torch.ones_like(right) if self.binary else (self.labels() != self.options.get("ignore_index", -100)).float()
-        )
+        counted = self._counted().float()
         return (right * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1)
+
+    def counted(self) -> Tensor:
+        """Which samples have a label at all, ``(N,)``; the others hold ``ignore_index`` only."""
+        counted = self._counted()
+        return counted.flatten(1).any(1) if counted.ndim > 1 else counted
+
+    def _counted(self) -> Tensor:
+        labels = self.labels()
+        if self.binary or self.target.is_floating_point():
+            return torch.ones_like(labels, dtype=torch.bool)
+        counted: Tensor = labels != self.options.get("ignore_index", -100)
+        return counted
 
     def margin(self) -> Tensor:
         """How far the wrong answer lies above the right one, ``(N,)``; above 0 the model is fooled."""
         if not self.binary:
-            return margin(self.logits, self.labels())
+            return margin(self.logits, self.labels().masked_fill(~self._counted(), -1))
         z = self.logits.float()
         z = z.logit(eps=1e-7) if self.kind == "binary_cross_entropy" else z
         against = torch.where(self.target > 0.5, -z, z)

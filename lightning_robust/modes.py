@@ -133,16 +133,15 @@ def _remember(value: Any, undo: list[Undo], seen: set[int], keep_buffers: bool) 
 
 def _remember_tensor(tensor: Tensor, undo: list[Undo]) -> None:
     before = tensor.detach().clone()
-    version = None if tensor.is_inference() else tensor._version
 
     def put_back() -> None:
-        # Unchanged tensors are left alone: writing would invalidate graphs that saved them.
-        if version is None:
+        # Always: batch_norm moves its running statistics without counting a version. Through `.data`, which counts none
+        # either: a pending graph that saved this tensor stays valid, as the values are those that it saved.
+        if tensor.is_inference():
             with torch.inference_mode():
                 tensor.copy_(before)
-        elif tensor._version != version:
-            with torch.no_grad():
-                tensor.copy_(before)
+        else:
+            tensor.data.copy_(before)
 
     undo.append(put_back)
 

@@ -25,7 +25,8 @@ def clamped(pixels: Tensor, box: Box) -> Tensor:
 
 
 def _channels(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
-    numbers = tuple(float(v) for v in value) if hasattr(value, "__iter__") else (float(value),)
+    single = isinstance(value, (int, float)) or getattr(value, "ndim", 1) == 0
+    numbers = (float(value),) if single else tuple(float(v) for v in value)  # type: ignore[arg-type, union-attr]  # just told apart
     if not numbers or not all(math.isfinite(v) for v in numbers):
         raise ValueError(f"PixelSpace({name}=) takes one finite number or one per channel, got {value!r}.")
     return numbers
@@ -110,7 +111,11 @@ class PixelSpace:
         """How many samples of the model inputs ``x`` leave the bounds by more than round-off."""
         if self.bounds is None:
             return 0
-        slack = TOLERANCE * (self.bounds[1] - self.bounds[0])
+        # Half precision cannot hold a normalised white pixel any better than this.
+        rounding = (
+            torch.finfo(x.dtype).eps * float(x.abs().max()) * max(_channels("std", self.std)) if x.numel() else 0.0
+        )
+        slack = max(TOLERANCE * (self.bounds[1] - self.bounds[0]), rounding)
         pixels = self.to_pixels(x)
         far = (pixels < self.bounds[0] - slack) | (pixels > self.bounds[1] + slack)
         return int(far.flatten(1).any(1).sum())

@@ -32,12 +32,13 @@ class Guarded:
     def __call__(self, logits_fn: LogitsFn, x: Tensor, y: Tensor, *, generator: Noise = None) -> Tensor:
         """Run the attack outside inference mode, with its own random numbers, and check the result."""
         with gradients(x, y) as (x, y), untouched_random_state():
+            # Copies: an attack that writes into its input would be compared with itself, and change the user's batch.
             if "generator" in inspect.signature(self.attack).parameters:
-                result = self.attack(logits_fn, x, y, generator=generator)
+                result = self.attack(logits_fn, x.clone(), y.clone(), generator=generator)
             else:
                 # A foreign attack draws from the global stream: give it one that belongs to this batch.
                 reseed(0 if generator is None else _seed_from(generator, x))
-                result = self.attack(logits_fn, x, y)
+                result = self.attack(logits_fn, x.clone(), y.clone())
         return self._checked(result, x)
 
     def _checked(self, returned: Any, x: Tensor) -> Tensor:

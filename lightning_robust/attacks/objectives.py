@@ -44,7 +44,7 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
         >>> margin(torch.tensor([[3.0, 1.0], [3.0, 1.0]]), torch.tensor([0, 1]))
         tensor([-2.,  2.])
     """
-    if y.shape == logits.shape:
+    if y.shape == logits.shape and logits.ndim > 1:
         y = y.argmax(1)
     if logits.ndim < 2 or logits.shape[1] < 2 or y.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
@@ -79,11 +79,11 @@ def input_gradient(
     """
     pixels = pixels.detach().requires_grad_()
     value = objective(logits_fn(space.to_model(pixels, like.dtype)), y).sum()
-    if not value.requires_grad:
+    # autograd.grad, not backward(): the parameters' own gradients must stay as they are.
+    (gradient,) = torch.autograd.grad(value, pixels, allow_unused=True) if value.requires_grad else (None,)
+    if gradient is None:
         raise RuntimeError(
             "the logits do not depend on the input: no gradient reaches it. Is the network (or a frozen backbone) run "
             "under torch.no_grad(), or is the output detached?"
         )
-    # autograd.grad, not backward(): the parameters' own gradients must stay as they are.
-    (gradient,) = torch.autograd.grad(value, pixels)
     return gradient

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lightning_robust.pixels import Box, PixelSpace, clamped
@@ -33,7 +34,6 @@ class ThreatModel:
         ValueError: If the norm is unknown or eps is negative or not finite.
 
     Example:
-        >>> import torch
         >>> threat = ThreatModel("linf", eps=0.1)
         >>> threat.project(torch.tensor([[0.9, 0.2]]), torch.tensor([[0.5, 0.25]]), (0.0, 1.0))
         tensor([[0.6000, 0.2000]])
@@ -72,8 +72,12 @@ class ThreatModel:
         """The unit step that climbs ``gradient`` fastest in this norm; zero where the gradient is zero."""
         if self.norm == "linf":
             return gradient.sign()
-        length = gradient.flatten(1).norm(dim=1)
-        return gradient / _per_sample(length, gradient).clamp_min(1e-12)
+        # By the largest entry first: the squares of tiny gradients underflow, and a very sure model would look robust.
+        largest = gradient.flatten(1).abs().amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        gradient = gradient / _per_sample(largest, gradient)
+        return gradient / _per_sample(
+            gradient.flatten(1).norm(dim=1).clamp_min(0.5), gradient
+        )  # 1 or more, or all zero
 
     def project(self, perturbed: Tensor, clean: Tensor, box: Box) -> Tensor:
         """The nearest point of the ball, then of the box (which keeps it in the ball, as ``clean`` is in the box)."""

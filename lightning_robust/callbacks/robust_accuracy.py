@@ -170,7 +170,6 @@ class RobustAccuracy(RobustCallback):
             return
         if not self._checked:
             self._first_batch(trainer, reading, loader)
-        scores, kept = self._scores[loader], index[keep]
         with torch.no_grad():
             clean = reading.read(reading.x)
         if clean.logits.shape[:1] != reading.x.shape[:1]:
@@ -179,6 +178,8 @@ class RobustAccuracy(RobustCallback):
                 f"samples, so that "
                 f"rows cannot be told apart by sample. Give logits_fn= that returns (N, K, ...) and target_key=."
             )
+        keep &= clean.counted().cpu()
+        scores, kept = self._scores[loader], index[keep]
         scores[0, kept] = 1.0
         scores[CLEAN, kept] = clean.correct().cpu()[keep]
         self._ids[loader] += sum(
@@ -234,7 +235,7 @@ class RobustAccuracy(RobustCallback):
                 # Equal on all processes already; sync_dist tells Lightning that this was thought of.
                 pl_module.log(key, self.measured[key], sync_dist=True, prog_bar=metric == "accuracy", batch_size=n)
             if loader == 0 and stage == "val":
-                self._entry = self._record(scores[:, :n], n, ids)
+                self._entry = self._record(scores[:, scores[0] > 0], n, ids)
         self._show_pictures(trainer, stage)
         self._reset()
 

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_robust.randomness import RandomState, normal, reseed, seeded, uniform, untouched_random_state
+
+DRAWS: list[Callable[..., Tensor]] = [uniform, normal]
+
+
+def draw_from_all_streams() -> tuple[list[float], float, float]:
+    return torch.rand(3).tolist(), float(np.random.rand()), random.random()
+
+
+def test_a_seeded_stream_is_a_function_of_its_keys() -> None:
+    torch.rand(5)
+    first = torch.rand(8, generator=seeded(3, 1, 4))
+    torch.manual_seed(99)
+    assert torch.equal(first, torch.rand(8, generator=seeded(3, 1, 4)))
+
+
+def test_neighbouring_keys_give_different_streams() -> None:
+    keys = [(0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1), (10, 1), (1, 10), (-1,), (2**80,)]
+    firsts = {float(torch.rand(1, generator=seeded(*k), dtype=torch.float64)) for k in keys}
+    assert len(firsts) == len(keys)
+
+
+def test_streams_of_neighbouring_keys_are_uncorrelated() -> None:
+    rows = torch.stack([torch.randn(20_000, generator=seeded(0, step)) for step in range(6)])
+    off_diagonal = torch.corrcoef(rows) - torch.eye(6)
+    assert float(off_diagonal.abs().max()) < 5 / 20_000**0.5
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_noise_of_a_sample_does_not_depend_on_its_batch(draw: Callable[..., Tensor]) -> None:
+    x = torch.zeros(10, 3, 4)
+    whole = draw(x, [seeded(0, i) for i in range(10)])
+    parts = [draw(x[:4], [seeded(0, i) for i in range(4)]), draw(x[4:], tuple(seeded(0, i) for i in range(4, 10)))]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_noise_has_the_shape_and_type_of_its_model(draw: Callable[..., Tensor]) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for like in (torch.zeros(2, 3, dtype=dtype), torch.zeros(0, 3, dtype=dtype)):
+            for noise in (None, seeded(0), [seeded(0, i) for i in range(len(like))]):
+                drawn = draw(like, noise)
+                assert drawn.shape == like.shape
+                assert drawn.dtype == dtype
+
+
+def test_one_generator_too_few_is_an_error() -> None:
+    with pytest.raises(ValueError, match="one generator per sample, got 2 for 3 samples"):
+        uniform(torch.zeros(3, 2), [seeded(0), seeded(1)])
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_uniform_and_normal_have_their_moments(per_sample: bool) -> None:
+    like = torch.zeros(100, 1000, dtype=torch.float64)
+    noise = [seeded(7, i) for i in range(100)] if per_sample else seeded(7)
+    n, u = like.numel(), uniform(like, noise)
+    assert float(u.min()) >= 0
+    assert float(u.max()) < 1
+    assert float(u.mean()) == pytest.approx(1 / 2, abs=5 * (1 / 12 / n) ** 0.5)
+    assert float(u.var()) == pytest.approx(1 / 12, abs=5 * (1 / 180 / n) ** 0.5)
+    z = normal(like, noise)
+    assert float(z.mean()) == pytest.approx(0, abs=5 * (1 / n) ** 0.5)
+    assert float(z.var()) == pytest.approx(1, abs=5 * (2 / n) ** 0.5)
+    assert float((z**4).mean()) == pytest.approx(3, abs=5 * (96 / n) ** 0.5)
+
+
+def test_our_own_noise_leaves_the_global_streams_alone() -> None:
+    reseed(1)
+    expected = draw_from_all_streams()
+    reseed(1)
+    uniform(torch.zeros(9, 9), seeded(0))
+    normal(torch.zeros(9, 9), [seeded(0, i) for i in range(9)])
+    assert draw_from_all_streams() == expected
+
+
+def test_all_three_streams_go_on_as_if_nothing_had_been_drawn() -> None:
+    reseed(5)
+    expected = draw_from_all_streams()
+    reseed(5)
+    with untouched_random_state():
+        reseed(123)
+        draw_from_all_streams()
+    assert draw_from_all_streams() == expected
+
+
+def test_all_three_streams_go_on_after_an_exception_too() -> None:
+    reseed(5)
+    expected = draw_from_all_streams()
+    reseed(5)
+    with pytest.raises(ZeroDivisionError), untouched_random_state():
+        _ = sum(draw_from_all_streams()[0]) / 0
+    assert draw_from_all_streams() == expected
+
+
+def test_a_captured_state_can_be_replayed() -> None:
+    state = RandomState.capture()
+    first = draw_from_all_streams()
+    state.restore()
+    assert draw_from_all_streams() == first
