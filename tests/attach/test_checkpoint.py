@@ -40,7 +40,7 @@ def test_sections_of_several_callbacks_are_merged() -> None:
 def test_checkpoints_without_an_entry_or_of_a_later_format_are_refused() -> None:
     with pytest.raises(KeyError, match="no 'lightning_robust' entry"):
         read_entry({"state_dict": {}})
-    with pytest.raises(ValueError, match="format 2.*up to 1: upgrade"):
+    with pytest.raises(ValueError, match=r"format 2.*up to 1: upgrade"):
         read_entry({"lightning_robust": {"format": 2}})
 
 

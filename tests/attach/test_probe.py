@@ -24,7 +24,7 @@ shapes = pytest.mark.parametrize("shape", zoo.ZOO, ids=lambda shape: shape.__nam
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A hash of everything that a step could change: tensors, flags, gradients, attributes, hooks and random streams."""
+    """A hash of what a step could change: tensors, flags, gradients, attributes, hooks and random streams."""
     digest = hashlib.sha256()
 
     def add(value: Any, depth: int = 0) -> None:
@@ -184,22 +184,31 @@ class ManualWithTwoLosses(zoo.ManualOptimisation):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
 
-UNREADABLE: list[tuple[str, Any, Any, dict[str, Any], list[str]]] = [
-    ("token ids", Tokens, {"ids": torch.ones(4, 5).long(), "label": zoo.labels(4)}, {}, ["no floating-point input", "ids", "Token"]),
-    ("integer images", zoo.ListBatch, [torch.zeros(4, 1, 8, 8, dtype=torch.uint8), zoo.labels(4)], {}, ["uint8 (4, 1, 8, 8)", "cast"]),
-    ("frozen backbone", FrozenBackbone, zoo.ListBatch.batch(4), {}, ["no gradient reaches", "no_grad"]),
-    ("two inputs", TwoInputs, TwoInputs.batch(4), {}, ["batch['left'], batch['right']", "input_key='left'"]),
-    ("an iterator", zoo.ListBatch, iter([1]), {}, ["iterator", "dataloader_iter"]),
-    ("a hand-written loss", HandWrittenLoss, zoo.ListBatch.batch(4), {}, ["logits_fn=", "log_softmax", "(4, 10)", "training_step (test_probe.py"]),
-    ("loss_index too large", zoo.ListBatch, zoo.ListBatch.batch(4), {"loss_index": 2}, ["loss_index=2", "only 1"]),
-    ("input_key of a label", zoo.ListBatch, zoo.ListBatch.batch(4), {"input_key": 1}, ["batch[1]", "no floating-point"]),
-    ("reading past a backward", ManualWithTwoLosses, zoo.ListBatch.batch(4), {"loss_index": 1}, ["manual_backward", "logits_fn="]),
-]  # fmt: skip
+LISTED = zoo.ListBatch.batch(4)
+UNREADABLE: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
+    "token ids": (Tokens, {"ids": torch.ones(4, 5).long()}, {}, ["no floating-point input", "ids", "Token"]),
+    "integer images": (
+        zoo.ListBatch,
+        [torch.zeros(4, 1, 8, 8, dtype=torch.uint8), zoo.labels(4)],
+        {},
+        ["uint8 (4, 1, 8, 8)", "cast"],
+    ),
+    "a frozen backbone": (FrozenBackbone, LISTED, {}, ["no gradient reaches", "no_grad"]),
+    "two inputs": (TwoInputs, TwoInputs.batch(4), {}, ["batch['left'], batch['right']", "input_key='left'"]),
+    "an iterator": (zoo.ListBatch, iter([1]), {}, ["iterator", "dataloader_iter"]),
+    "a hand-written loss": (
+        HandWrittenLoss,
+        LISTED,
+        {},
+        ["logits_fn=", "log_softmax", "(4, 10)", "training_step (test_probe.py"],
+    ),
+    "loss_index too large": (zoo.ListBatch, LISTED, {"loss_index": 2}, ["loss_index=2", "only 1"]),
+    "input_key of a label": (zoo.ListBatch, LISTED, {"input_key": 1}, ["batch[1]", "no floating-point"]),
+    "reading past a backward": (ManualWithTwoLosses, LISTED, {"loss_index": 1}, ["manual_backward", "logits_fn="]),
+}
 
 
-@pytest.mark.parametrize(
-    ("shape", "batch", "settings", "says"), [row[1:] for row in UNREADABLE], ids=[r[0] for r in UNREADABLE]
-)
+@pytest.mark.parametrize(("shape", "batch", "settings", "says"), UNREADABLE.values(), ids=UNREADABLE)
 def test_what_cannot_be_read_is_an_error_that_names_the_remedy(
     shape: Any, batch: Any, settings: Any, says: list[str]
 ) -> None:
