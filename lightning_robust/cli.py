@@ -46,14 +46,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, more = parser.parse_known_args(argv)
+    if more:  # argparse ends a list of overrides at the first option; ours may go on behind it
+        if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in more):
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        arguments.overrides += more
     # Imported late: `--help` should not wait for torch.
     from lightning_robust.recipe import RecipeError
 
     try:
         return {"fit": _fit, "test": _test, "recipes": _recipes}[arguments.command](arguments)
     except RecipeError as error:
-        print(f"lightning-robust: {error}", file=sys.stderr)
+        print(f"lightning-robust: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

@@ -28,7 +28,7 @@ LOSSES: dict[Callable[..., Any], str] = {
 if hasattr(F, "linear_cross_entropy"):  # torch >= 2.13; its inner cross_entropy cannot be seen
     LOSSES[F.linear_cross_entropy] = "linear_cross_entropy"
 
-_SIGNATURES = {function: inspect.signature(function) for function in LOSSES}
+_PARAMETERS = {function: tuple(inspect.signature(function).parameters) for function in LOSSES}
 _FUNCTIONS = {name: function for function, name in LOSSES.items()}
 
 
@@ -57,7 +57,7 @@ class LossCall:
     @classmethod
     def from_arguments(cls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LossCall:
         """Read a call of one of :data:`LOSSES`."""
-        given = dict(_SIGNATURES[function].bind(*args, **kwargs).arguments)
+        given = {**dict(zip(_PARAMETERS[function], args, strict=False)), **kwargs}
         logits, target = given.pop("input"), given.pop("target")
         for reduction in ("reduction", "reduce", "size_average", "options"):
             given.pop(reduction, None)

@@ -15,6 +15,7 @@ from lightning_robust.randomness import RandomState
 __all__ = ["frozen", "gradients"]
 
 Undo = Callable[[], None]
+_IMMUTABLE = {str, int, float, bool, type(None)}
 
 
 @contextmanager
@@ -63,10 +64,10 @@ def frozen(module: nn.Module, *, training: bool | None = False, keep_buffers: bo
         >>> net[1].num_batches_tracked
         tensor(0)
     """
-    undo: list[Undo] = []
+    snapshot = _Snapshot(keep_buffers)
     random_state = RandomState.capture()
     try:
-        _remember_module(module, undo, set(), keep_buffers)
+        snapshot.module(module)
         for parameter in module.parameters():
             if parameter.is_inference():
                 raise RuntimeError(
@@ -79,71 +80,85 @@ def frozen(module: nn.Module, *, training: bool | None = False, keep_buffers: bo
         with torch.inference_mode(False), torch.enable_grad():
             yield random_state
     finally:
-        for put_back in reversed(undo):
-            put_back()
+        snapshot.restore()
         random_state.restore()
 
 
-def _remember_module(module: nn.Module, undo: list[Undo], seen: set[int], keep_buffers: bool) -> None:
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    # The training flag is an attribute like others: restoring the dict restores it, for each module by itself.
-    attributes = module.__dict__
-    for name, value in attributes.items():
-        if name == "_parameters":
-            for parameter in value.values():
-                if parameter is not None:
-                    _remember_parameter(parameter, undo)
-        elif name != "_buffers" or not keep_buffers:
-            _remember(value, undo, seen, keep_buffers)
-    undo.append(_restorer(attributes, dict(attributes)))
+class _Snapshot:
+    """What a step could change in place, and how it was."""
 
+    def __init__(self, keep_buffers: bool) -> None:
+        self.keep_buffers = keep_buffers
+        self._undo: list[Undo] = []
+        self._empty: list[Any] = []  # most containers of a module are hook dicts without hooks: no copy, no closure
+        self._seen: set[int] = set()
 
-def _remember_parameter(parameter: Tensor, undo: list[Undo]) -> None:
-    grad, flag = parameter.grad, parameter.requires_grad
+    def restore(self) -> None:
+        for put_back in reversed(self._undo):
+            put_back()
+        for container in self._empty:
+            if container:
+                container.clear()
 
-    def put_back() -> None:
-        parameter.grad = grad
-        if parameter.requires_grad != flag:
-            parameter.requires_grad_(flag)
+    def module(self, module: nn.Module) -> None:
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        # The flag is an attribute like others: restoring the dict restores it, for each module by itself.
+        attributes = module.__dict__
+        for name, value in attributes.items():
+            if name == "_parameters":
+                for parameter in value.values():
+                    if parameter is not None:
+                        self._parameter(parameter)
+            elif name != "_buffers" or not self.keep_buffers:
+                self._value(value)
+        self._undo.append(_restorer(attributes, dict(attributes)))
 
-    undo.append(put_back)
+    def _parameter(self, parameter: Tensor) -> None:
+        grad, flag = parameter.grad, parameter.requires_grad
 
+        def put_back() -> None:
+            parameter.grad = grad
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
 
-def _remember(value: Any, undo: list[Undo], seen: set[int], keep_buffers: bool) -> None:
-    """Append what restores ``value`` if it is something that a step changes in place."""
-    if isinstance(value, (str, int, float, bool, type(None))) or id(value) in seen:
-        return
-    if isinstance(value, Tensor):
-        if not isinstance(value, nn.Parameter):
-            _remember_tensor(value, undo)
-    elif isinstance(value, (list, deque, dict, set)):
-        seen.add(id(value))
-        undo.append(_restorer(value, value.copy()))
-        for item in value.values() if isinstance(value, dict) else value:
-            _remember(item, undo, seen, keep_buffers)
-    elif isinstance(value, tuple):
-        for item in value:
-            _remember(item, undo, seen, keep_buffers)
-    elif isinstance(value, nn.Module):
-        # Submodules come here as well, through `_modules`; so do metrics that somebody keeps in a plain list.
-        _remember_module(value, undo, seen, keep_buffers)
+        self._undo.append(put_back)
 
+    def _value(self, value: Any) -> None:
+        if value.__class__ in _IMMUTABLE or id(value) in self._seen:
+            return
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter):
+                self._tensor(value)
+        elif isinstance(value, (list, deque, dict, set)):
+            self._seen.add(id(value))
+            if not value:
+                self._empty.append(value)
+                return
+            self._undo.append(_restorer(value, value.copy()))
+            for item in value.values() if isinstance(value, dict) else value:
+                self._value(item)
+        elif isinstance(value, tuple):
+            for item in value:
+                self._value(item)
+        elif isinstance(value, nn.Module):
+            # Submodules come here as well, through `_modules`; so do metrics that somebody keeps in a plain list.
+            self.module(value)
 
-def _remember_tensor(tensor: Tensor, undo: list[Undo]) -> None:
-    before = tensor.detach().clone()
+    def _tensor(self, tensor: Tensor) -> None:
+        before = tensor.detach().clone()
 
-    def put_back() -> None:
-        # Always: batch_norm moves its running statistics without counting a version. Through `.data`, which counts none
-        # either: a pending graph that saved this tensor stays valid, as the values are those that it saved.
-        if tensor.is_inference():
-            with torch.inference_mode():
-                tensor.copy_(before)
-        else:
-            tensor.data.copy_(before)
+        def put_back() -> None:
+            # Always: batch_norm moves its running statistics without counting a version. Through `.data`, which counts
+            # none either: a pending graph that saved this tensor stays valid, as the values are those that it saved.
+            if tensor.is_inference():
+                with torch.inference_mode():
+                    tensor.copy_(before)
+            else:
+                tensor.data.copy_(before)
 
-    undo.append(put_back)
+        self._undo.append(put_back)
 
 
 def _restorer(container: Any, before: Any) -> Undo:

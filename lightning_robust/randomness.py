@@ -71,6 +71,17 @@ class RandomState:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch has no types there
         return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())
 
+    def is_current(self) -> bool:
+        """Whether nothing was drawn since."""
+        now: Any = np.random.get_state()
+        return (
+            torch.equal(self.cpu, torch.get_rng_state())
+            and all(map(torch.equal, self.cuda, torch.cuda.get_rng_state_all() if self.cuda else []))
+            and now[2:] == self.numpy[2:]
+            and np.array_equal(now[1], self.numpy[1])
+            and random.getstate() == self.python
+        )
+
     def restore(self) -> None:
         """Put all global streams back."""
         torch.set_rng_state(self.cpu)

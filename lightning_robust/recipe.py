@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
-import importlib.util
-import inspect
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_robust.recipe_keys import KEYS, RecipeError, check, imported, namespace_of, unknown
+
 __all__ = ["KEYS", "Recipe", "RecipeError", "available", "compose", "instantiate"]
 
-KEYS = ("about", "base", "vars", "seed", "model", "data", "callbacks", "trainer")
 _FRACTION = re.compile(r"\s*([-+]?[\d.]+)\s*/\s*([\d.]+)\s*")
-
-
-class RecipeError(ValueError):
-    """A recipe cannot be run; the message names the key and, if there is one, the nearest valid key."""
 
 
 def _number(value: Any) -> Any:
     """``"8/255"`` and other fractions as the number they are; everything else unchanged."""
     match = _FRACTION.fullmatch(value) if isinstance(value, str) else None
-    return float(match[1]) / float(match[2]) if match else value
+    if match is None:
+        return value
+    try:
+        return float(match[1]) / float(match[2])
+    except (ValueError, ZeroDivisionError) as error:
+        raise RecipeError(f"{value!r} is no fraction ({error}); write 8/255 or a number.") from error
 
 
 def _register_resolvers() -> None:
@@ -100,25 +100,31 @@ def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     _register_resolvers()
     path = _find(str(recipe), Path.cwd())
-    merged = _with_bases(path, ())
+    merged = _with_bases(path.resolve(), ())
+    merged.pop("base", None)  # merged in; what is saved beside a run stands on its own
     changes = _overrides(overrides)
-    known = OmegaConf.to_container(merged, resolve=False)
+    for key in ("vars", "callbacks", "trainer"):
+        for content in (merged.get(key), changes.get(key)):
+            if content is not None and not isinstance(content, DictConfig):
+                raise RecipeError(f"{key}: expected names and values, got {content!r}.")
+    known = {key: [str(name) for name in merged.get(key) or {}] for key in ("vars", "callbacks")}
     for name in changes.get("vars") or {}:
-        if name not in ((known.get("vars") or {}) if isinstance(known, dict) else {}):
-            raise _unknown(
-                f"vars.{name}",
-                [f"vars.{v}" for v in (merged.get("vars") or {})],
-                f"recipe {path.stem!r} has no such variable",
+        if name not in known["vars"]:
+            raise unknown(
+                f"vars.{name}", [f"vars.{v}" for v in known["vars"]], f"recipe {path.stem!r} has no such variable"
             )
+    for name, value in (changes.get("callbacks") or {}).items():
+        if value is None and name not in known["callbacks"]:
+            valid = [f"callbacks.{v}" for v in known["callbacks"]]
+            raise unknown(f"callbacks.{name}", valid, f"recipe {path.stem!r} has no such callback to switch off")
     merged = _merge(merged, changes)
     try:
         plain = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise RecipeError(f"{path.name}: {error}") from error
     resolved: dict[str, Any] = _numbers(plain)
-    resolved.pop("base", None)
     resolved["callbacks"] = {name: c for name, c in (resolved.get("callbacks") or {}).items() if c is not None}
-    _check(resolved)
+    check(resolved)
     return Recipe(path.stem, merged, resolved)
 
 
@@ -137,8 +143,8 @@ def instantiate(recipe: Recipe, folder: Path, *, log: bool = True) -> tuple[Any,
         RecipeError: If a value does not fit what it is for; jsonargparse says how.
     """
     resolved = recipe.resolved
-    model = _imported(resolved["model"]["class_path"], "model.class_path")
-    lightning = _namespace(model)
+    model = imported(resolved["model"]["class_path"], "model.class_path")
+    lightning = namespace_of(model)
     parts = {"save_dir": str(folder.parent.parent), "name": folder.parent.name, "version": _version(folder.name)}
     logger = {"class_path": f"{lightning}.loggers.TensorBoardLogger", "init_args": parts}
     trainer = {"default_root_dir": str(folder), "logger": logger, **(resolved.get("trainer") or {})}
@@ -150,11 +156,18 @@ def instantiate(recipe: Recipe, folder: Path, *, log: bool = True) -> tuple[Any,
         arguments["data"] = resolved["data"]
     cli = importlib.import_module(f"{lightning}.cli")
     core = importlib.import_module(lightning)
+
+    class Built(cli.LightningCLI):  # type: ignore[misc, name-defined]  # the class is chosen at run time
+        def instantiate_trainer(self, **more: Any) -> Any:
+            # For `int | float`, jsonargparse makes 1 into 1.0: one batch would become all of them.
+            whole = {name: value for name, value in trainer.items() if type(value) is int}
+            return super().instantiate_trainer(**whole, **more)
+
     with _no_arguments(), warnings.catch_warnings():
         # jsonargparse announces its next major version; ours is capped below it.
         warnings.filterwarnings("ignore", category=FutureWarning, module="jsonargparse")
         try:
-            built = cli.LightningCLI(
+            built = Built(
                 core.LightningModule,
                 core.LightningDataModule if "data" in arguments else None,
                 subclass_mode_model=True,
@@ -183,25 +196,28 @@ def _version(name: str) -> int | str:
 
 
 def _find(name: str, beside: Path) -> Path:
-    for path in (Path(name), beside / name, beside / f"{name}.yaml"):
+    for path in (beside / name, beside / f"{name}.yaml", Path(name)):
         if path.suffix in (".yaml", ".yml") and path.is_file():
             return path
     shipped = available()
     if name in shipped:
         return shipped[name]
-    raise _unknown(name, list(shipped), "there is no such recipe; give a file or one of " + ", ".join(shipped))
+    raise unknown(name, list(shipped), "there is no such recipe; give a file or one of " + ", ".join(shipped))
 
 
 def _with_bases(path: Path, above: tuple[Path, ...]) -> DictConfig:
     if path in above:
         raise RecipeError(f"{path.name} is its own base: {' -> '.join(p.name for p in (*above, path))}.")
-    own = OmegaConf.load(path)
+    try:
+        own = OmegaConf.load(path)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise RecipeError(f"{path.name} is no readable YAML: {error}") from error
     if not isinstance(own, DictConfig):
         raise RecipeError(f"{path} must hold keys ({', '.join(KEYS)}), got {type(own).__name__}.")
     bases = own.get("base") or []
     merged = OmegaConf.create({})
     for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merge(merged, _with_bases(_find(base, path.parent), (*above, path)))
+        merged = _merge(merged, _with_bases(_find(base, path.parent).resolve(), (*above, path)))
     return _merge(merged, own)
 
 
@@ -211,7 +227,10 @@ def _overrides(overrides: Sequence[str]) -> DictConfig:
             raise RecipeError(
                 f"overrides read key=value, e.g. trainer.max_epochs=5 or callbacks.robust=null; got {override!r}."
             )
-    return OmegaConf.from_dotlist(list(overrides))
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise RecipeError(f"the overrides {' '.join(overrides)} are no readable YAML: {error}") from error
 
 
 def _merge(under: DictConfig, over: DictConfig) -> DictConfig:
@@ -239,87 +258,6 @@ def _numbers(node: Any) -> Any:
     if isinstance(node, dict):
         return {str(name): _numbers(child) for name, child in node.items()}
     return [_numbers(child) for child in node] if isinstance(node, list) else _number(node)
-
-
-# -- checking --------------------------------------------------------------------------------------------------------
-
-
-def _unknown(key: str, valid: Sequence[str], why: str) -> RecipeError:
-    near = difflib.get_close_matches(key, valid, 1, cutoff=0.5)
-    return RecipeError(f"{key}: {why}." + (f" Did you mean {near[0]!r}?" if near else f" Valid: {', '.join(valid)}."))
-
-
-def _check(resolved: Mapping[str, Any]) -> None:
-    for key in resolved:
-        if key not in KEYS:
-            raise _unknown(key, KEYS, "a recipe has no such key")
-    if not resolved.get("model"):
-        raise RecipeError("model: a recipe needs a model: {class_path: my_package.MyModule, init_args: {...}}.")
-    model = _check_component("model", resolved["model"])
-    if resolved.get("data") is not None:
-        _check_component("data", resolved["data"])
-    for name, callback in resolved["callbacks"].items():
-        _check_component(f"callbacks.{name}", callback)
-    trainer = importlib.import_module(_namespace(model)).Trainer
-    valid = [name for name in inspect.signature(trainer.__init__).parameters if name not in ("self", "callbacks")]
-    for key in resolved.get("trainer") or {}:
-        if key == "callbacks":
-            raise RecipeError(
-                "trainer.callbacks: callbacks have a key of their own, so that they can be named: callbacks: "
-                "{name: {class_path: ...}}."
-            )
-        if key not in valid:
-            raise _unknown(f"trainer.{key}", [f"trainer.{v}" for v in valid], "Trainer has no such argument")
-
-
-def _check_component(key: str, node: Any) -> Any:
-    if not isinstance(node, Mapping) or "class_path" not in node:
-        raise RecipeError(f"{key}: expected {{class_path: package.Class, init_args: {{...}}}}, got {node!r}.")
-    for name in node:
-        if name not in ("class_path", "init_args"):
-            raise _unknown(
-                f"{key}.{name}",
-                [f"{key}.class_path", f"{key}.init_args", f"{key}.init_args.{name}"],
-                "arguments of a class stand under init_args",
-            )
-    built = _imported(str(node["class_path"]), f"{key}.class_path")
-    parameters = inspect.signature(built).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return built  # jsonargparse follows **kwargs through the source; we do not
-    valid = [f"{key}.init_args.{name}" for name in parameters]
-    for name, value in (node.get("init_args") or {}).items():
-        if name not in parameters:
-            raise _unknown(f"{key}.init_args.{name}", valid, f"{built.__name__} has no such argument")
-        for i, child in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(child, Mapping) and "class_path" in child:
-                _check_component(f"{key}.init_args.{name}" + (f"[{i}]" if isinstance(value, list) else ""), child)
-    return built
-
-
-def _imported(class_path: str, key: str) -> Any:
-    module, _, name = class_path.rpartition(".")
-    try:
-        home = importlib.import_module(module)
-    except (ModuleNotFoundError, ValueError) as error:
-        raise RecipeError(
-            f"{key}: cannot import {module or class_path!r} ({error}). Is its package installed, or its folder "
-            f"on PYTHONPATH?"
-        ) from error
-    if not hasattr(home, name):
-        raise _unknown(
-            class_path, [f"{module}.{n}" for n in dir(home) if not n.startswith("_")], f"{key} names no class"
-        )
-    return getattr(home, name)
-
-
-def _namespace(model: Any) -> str:
-    """Which Lightning a module belongs to; the two do not mix."""
-    if importlib.util.find_spec("lightning") is not None:
-        from lightning.pytorch import LightningModule
-
-        if inspect.isclass(model) and issubclass(model, LightningModule):
-            return "lightning.pytorch"
-    return "pytorch_lightning"
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +40,16 @@ class Results:
     run: str
     checkpoint: str | None
     metrics: dict[str, float]
-    seed: int
+    seed: int | None
     seconds: float
     resolved: dict[str, Any]
 
     def write(self) -> None:
         """Write ``results.json`` into the run's folder."""
         content = {**vars(self), "written_by": f"lightning_robust {_version.__version__}"}
+        content.pop("run")  # where the file lies
+        if self.checkpoint is not None and Path(self.checkpoint).is_relative_to(self.run):
+            content["checkpoint"] = str(Path(self.checkpoint).relative_to(self.run))  # a run may be moved
         (Path(self.run) / RESULTS).write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod
@@ -53,7 +57,9 @@ class Results:
         """Read what :meth:`write` wrote."""
         content = json.loads((run / RESULTS).read_text())
         content.pop("written_by", None)
-        return cls(**{**content, "run": str(run)})
+        if content["checkpoint"] is not None:
+            content["checkpoint"] = str(run / content["checkpoint"])
+        return cls(**content, run=str(run))
 
 
 def fit(
@@ -112,7 +118,10 @@ def evaluate(run: str | Path, overrides: Sequence[str] = (), *, checkpoint: str 
         known = Results.read(folder).checkpoint if (folder / RESULTS).is_file() else None
         checkpoint = known or str(_last_checkpoint(folder))
     trainer, module, data = instantiate(recipe, folder, log=False)  # the curves of the run stay as they are
-    return _report(trainer, module, data, recipe, folder.parent.name, folder, checkpoint, start, write=False)
+    with warnings.catch_warnings():
+        # Of ModelCheckpoint, if the run was moved: nothing is saved here, so it does not matter.
+        warnings.filterwarnings("ignore", message="The dirpath has changed")
+        return _report(trainer, module, data, recipe, folder.parent.name, folder, checkpoint, start, write=False)
 
 
 def _report(
@@ -132,7 +141,7 @@ def _report(
         return None
     trainer.test(module, datamodule=data, ckpt_path=checkpoint, verbose=False)
     tested = {key: float(value) for key, value in trainer.callback_metrics.items() if "test" in key.split("/")[:2]}
-    seed = int(recipe.resolved.get("seed", 0))
+    seed = recipe.resolved.get("seed", 0)
     results = Results(name, str(folder), checkpoint, tested, seed, round(time.monotonic() - start, 1), recipe.resolved)
     if write and trainer.is_global_zero:
         results.write()
@@ -152,8 +161,9 @@ def table(columns: Sequence[Results]) -> str:
         | clean accuracy | 97.6 % |
     """
     rows = [("on held-out test data", *(result.recipe for result in columns))]
-    for key in columns[0].metrics:
-        label = _label(key, columns[0].metrics)
+    metrics = {key: value for result in reversed(columns) for key, value in result.metrics.items()}
+    for key in dict.fromkeys(key for result in columns for key in result.metrics):
+        label = _label(key, metrics)
         if label is not None:
             rows.append((label, *(_shown(key, result.metrics.get(key)) for result in columns)))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
@@ -229,6 +239,6 @@ def _last_checkpoint(folder: Path) -> Path:
         raise RecipeError(
             f"{folder}: nothing to go on with, expected a checkpoint in {folder / 'checkpoints'}. A run can be "
             f"resumed once its first "
-            f"validation has ended; give its checkpoint callback save_last: true."
+            f"validation has ended; give it a ModelCheckpoint without a monitor."
         )
     return found[-1]

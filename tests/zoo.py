@@ -1,8 +1,8 @@
 """Modules written as strangers write them, each with its loss written out once more by hand.
 
 Every module classifies images ``(N, 1, 8, 8)``. ``batch(n)`` makes the batch it wants, ``image(batch)`` says where the
-image is, and ``by_hand(batch, x)`` computes, without the probe, the logits and targets that its loss gets when the image
-is ``x``, and the per-sample losses whose sum an attack has to climb.
+image is, and ``by_hand(batch, x)`` computes, without the probe, the logits and targets that its loss gets when the
+image is ``x``, and the per-sample losses whose sum an attack has to climb.
 """
 
 from __future__ import annotations

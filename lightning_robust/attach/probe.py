@@ -130,6 +130,7 @@ class Reading:
         self._probe, self._route, self._step, self._state = probe, route, step, state
         self.x: Tensor = get(step.batch, route.input)
         self.call: LossCall | None = None
+        self._draws: bool | None = None  # whether the step draws random numbers before its loss
 
     @property
     def found(self) -> str:
@@ -155,7 +156,10 @@ class Reading:
 
     def read(self, x: Tensor) -> LossCall:
         """Run the step on ``x`` in the place of the input, up to its loss."""
-        self._state.restore()
+        if self.call is not None and self._draws is None:
+            self._draws = not self._state.is_current()
+        if self._draws is not False:  # putting the streams back is a good part of reading a tiny net
+            self._state.restore()
         # Copies, since steps may write into their batch; of x as well, since a leaf must not be written to.
         batch = rebuilt(self._step.batch, {self._route.input: x.clone()}, _copied)
         self.call = self._probe.call(self._step.with_batch(batch), self._route)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ class Guarded:
         """Run the attack outside inference mode, with its own random numbers, and check the result."""
         with gradients(x, y) as (x, y), untouched_random_state():
             # Copies: an attack that writes into its input would be compared with itself, and change the user's batch.
-            if "generator" in inspect.signature(self.attack).parameters:
+            if _takes_generator(self.attack if inspect.isroutine(self.attack) else type(self.attack).__call__):
                 result = self.attack(logits_fn, x.clone(), y.clone(), generator=generator)
             else:
                 # A foreign attack draws from the global stream: give it one that belongs to this batch.
@@ -74,6 +75,11 @@ class Guarded:
         if over > slack:
             raise AttackError(f"{what} left the pixel bounds {space.bounds} by {over:.3g}.")
         return result
+
+
+@functools.lru_cache(maxsize=64)
+def _takes_generator(function: Any) -> bool:
+    return "generator" in inspect.signature(function).parameters
 
 
 def _seed_from(generator: Noise, like: Tensor) -> int:

@@ -17,12 +17,26 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_robust import PGD, AdversarialTraining, RobustAccuracy, ThreatModel
 
 THREAT = ThreatModel("linf", 0.1)
-HOOKS = """
-    on_fit_start on_sanity_check_start on_train_start on_train_epoch_start on_train_batch_start on_before_backward
-    on_after_backward on_before_optimizer_step on_before_zero_grad on_train_batch_end on_validation_start
-    on_validation_batch_start on_validation_batch_end on_validation_epoch_end on_train_epoch_end on_save_checkpoint
-    on_train_end on_fit_end
-""".split()
+HOOKS = [
+    "on_fit_start",
+    "on_sanity_check_start",
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_validation_epoch_end",
+    "on_train_epoch_end",
+    "on_save_checkpoint",
+    "on_train_end",
+    "on_fit_end",
+]
 
 
 def data() -> Any:

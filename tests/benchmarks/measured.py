@@ -1,0 +1,217 @@
+"""The benchmarks: each returns the rows of one table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_robust import PGD, AdversarialTraining, RobustAccuracy, ThreatModel
+from lightning_robust.attach.probe import Probe
+from lightning_robust.attach.seam import install
+from lightning_robust.attach.step import Step
+from lightning_robust.modes import frozen
+from lightning_robust.randomness import RandomState, seeded
+from tests.benchmarks import subjects
+from tests.benchmarks.subjects import EPS, STEPS, Plain, Subject, trainer
+from tests.benchmarks.timing import Row, compared, interleaved, progress
+
+__all__ = ["BENCHMARKS"]
+
+THREAT = ThreatModel("linf", eps=EPS)
+
+
+class _Inside(pl.Callback):
+    """Runs ``measure(module, batch)`` before the first step of a real fit, when everything is attached."""
+
+    def __init__(self, measure: Callable[[Any, Any], dict[str, list[float]]]) -> None:
+        self.measure = measure
+        self.seconds: dict[str, list[float]] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seconds = self.measure(pl_module, batch)
+
+
+def crafting() -> list[Row]:
+    """PGD-10 over 10 x (forward up to the loss and gradient of the input), eval mode."""
+    rows: list[Row] = []
+    for subject, repeats in ((Subject("cnn", 128), 5), (Subject("cnn", 8), 40), (Subject("mlp", 64), 300)):
+        progress(f"crafting: {subject.name}")
+        callback = AdversarialTraining(PGD(THREAT, steps=STEPS))
+        inside = _Inside(partial(_crafted, callback, repeats))
+        trainer(callback, inside, max_steps=1).fit(Plain(subject.net()), subject.loader)
+        target = {"AdversarialTraining": 1.05} if subject.x.shape == (128, 3, 32, 32) else {}
+        rows += compared("crafting", subject.name, inside.seconds, "floor", target)
+    return rows
+
+
+def _crafted(callback: AdversarialTraining, repeats: int, module: Any, batch: Any) -> dict[str, list[float]]:
+    """Inside a real fit: the Trainer is real, the seam is in, and what is timed is what the seam calls for a batch."""
+    import foolbox  # peers of the tests, not of the package: only this benchmark needs them
+    import torchattacks  # type: ignore[import-untyped]  # ships no types
+
+    x, y = batch
+    net = deepcopy(module.net).eval()
+    step = Step.of(module, "training_step", batch, 0)
+    fooled = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")  # type: ignore[attr-defined]  # re-exported silently
+    foolbox_pgd = foolbox.attacks.LinfPGD(abs_stepsize=subjects.STEP_SIZE, steps=STEPS)
+    torchattacks_pgd = torchattacks.PGD(net, eps=EPS, alpha=subjects.STEP_SIZE, steps=STEPS)
+
+    def floor() -> None:
+        for _ in range(STEPS):
+            leaf = x.detach().requires_grad_()
+            torch.autograd.grad(F.cross_entropy(net(leaf), y), leaf)
+
+    def ours() -> None:
+        callback._crafted = None
+        callback._craft_once(step)
+
+    def by_hand() -> torch.Tensor:
+        return subjects.pgd(net, x, y, seeded(0, 0, 0, 0))
+
+    ours()
+    if not torch.equal(callback._perturbed(), by_hand()):
+        raise RuntimeError("the callback and the hand loop do not do the same work; comparing them says nothing.")
+    contenders = {
+        "floor": floor,
+        "AdversarialTraining": ours,
+        "hand loop": by_hand,
+        "torchattacks PGD": lambda: torchattacks_pgd(x, y),
+        "foolbox LinfPGD": lambda: foolbox_pgd.run(fooled, x, y, epsilon=EPS),
+    }
+    return interleaved(contenders, repeats)
+
+
+def epoch() -> list[Row]:
+    """A whole Trainer.fit of one epoch over the same training written into the module by hand."""
+    # Small pictures: twenty batches have to fit into minutes, and overhead weighs more, not less.
+    subject = Subject("cnn", 128, batches=20, size=12)
+    rows: list[Row] = []
+    for method, attack, by_hand, repeats in (
+        ("madry", PGD(THREAT, steps=STEPS), subjects.HandMadry, 3),
+        ("trades", PGD(THREAT, steps=STEPS), subjects.HandTrades, 3),
+        ("n-fgsm", THREAT, subjects.HandNFGSM, 6),
+    ):
+        progress(f"epoch: {method}")
+        weights: dict[str, Any] = {}
+        contenders = {
+            "by hand": partial(_fit, subject, by_hand, weights),
+            "callback": partial(_fit, subject, Plain, weights, lambda a=attack, m=method: AdversarialTraining(a, m)),
+        }
+        seconds = interleaved(contenders, repeats, warmup=int(method == "n-fgsm"))
+        torch.testing.assert_close(weights["AdversarialTraining"], weights["by hand"])  # the same work
+        case = f"{method}, 20 batches, {subject.name}"
+        rows += compared("epoch", case, seconds, "by hand", {"callback": 1.05})
+    return rows
+
+
+def _fit(subject: Subject, build: Callable[[nn.Module], Plain], weights: dict[str, Any], *callbacks: Any) -> None:
+    module = build(subject.net())
+    trainer(*(make() for make in callbacks), max_epochs=1).fit(module, subject.loader)
+    weights["AdversarialTraining" if callbacks else "by hand"] = module.state_dict()
+
+
+class _EveryOther(pl.Callback):
+    """Installs the seam for every other step of a fit and times them all."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {"without": [], "with the seam": []}
+        self._undo: Callable[[], None] | None = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % 2:
+            self._undo = install(pl_module, "benchmark", feed=lambda step: step.batch).detach
+        self._start = time.process_time()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        elapsed = time.process_time() - self._start
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+        self.seconds["with the seam" if batch_idx % 2 else "without"].append(elapsed)
+
+
+def seam() -> list[Row]:
+    """A step of a fit with the seam installed, feeding the batch unchanged, over the same step without it."""
+    rows: list[Row] = []
+    for subject in (Subject("cnn", 128, batches=40), Subject("mlp", 64, batches=3000)):
+        progress(f"seam: {subject.name}")
+        watch = _EveryOther()
+        trainer(watch, max_epochs=1).fit(Plain(subject.net()), subject.loader)
+        rows += compared("seam", subject.name, watch.seconds, "without")
+    return rows
+
+
+def read() -> list[Row]:
+    """One read by the probe, stopped at the loss, over a direct forward; and what an open reading costs by itself."""
+    rows: list[Row] = []
+    for subject, repeats in ((Subject("cnn", 128), 40), (Subject("mlp", 64), 1000)):
+        progress(f"read: {subject.name}")
+        rows += _read(subject, repeats)
+    return rows
+
+
+def _read(subject: Subject, repeats: int) -> list[Row]:
+    module, net, x = Plain(subject.net()), subject.net().eval(), subject.x
+    probe, step = Probe(), Step.of(module, "training_step", (x, subject.y), 0)
+
+    def opened() -> None:
+        with probe.reading(step):
+            pass
+
+    def froze() -> None:
+        with frozen(module):
+            pass
+
+    opened()  # discovery
+    with probe.reading(step) as reading, torch.no_grad():
+        seconds = interleaved({"direct forward": lambda: net(x), "read": lambda: reading.read(x)}, repeats, warmup=3)
+    parts = {
+        "open and close a Reading": opened,
+        "of that: frozen": froze,
+        "of that: random state": lambda: RandomState.capture().restore(),
+    }
+    alone = compared("read", subject.name, interleaved(parts, 1000, warmup=3), "open and close a Reading")
+    return [
+        *compared("read", subject.name, seconds, "direct forward"),
+        *(Row(row.benchmark, row.case, row.what, row.milliseconds) for row in alone),
+    ]
+
+
+def evaluation() -> list[Row]:
+    """A validation epoch with RobustAccuracy over one whose validation_step attacks by hand (PGD-10, 250 digits)."""
+    subject = Subject("cnn", 250, size=28, channels=1)
+    progress(f"evaluation: {subject.name}")
+    attack = PGD(THREAT, steps=STEPS)
+    known, plain, by_hand = trainer(RobustAccuracy(attack)), trainer(), trainer()
+    module, hand = Plain(subject.net()), subjects.HandValidated(subject.net())
+
+    def validate(run: pl.Trainer, what: pl.LightningModule) -> None:
+        run.validate(what, subject.loader, verbose=False)
+
+    seconds = interleaved(
+        {
+            "by hand": lambda: validate(by_hand, hand),
+            "RobustAccuracy": lambda: validate(known, module),
+            "RobustAccuracy, first epoch of a run": lambda: validate(trainer(RobustAccuracy(attack)), module),
+            "no attack at all": lambda: validate(plain, module),
+        },
+        3,
+    )
+    return compared("evaluation", subject.name, seconds, "by hand")
+
+
+BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
+    "crafting": crafting,
+    "epoch": epoch,
+    "seam": seam,
+    "read": read,
+    "evaluation": evaluation,
+}
