@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from lightning_robust._version import __version__
 from lightning_robust.attach.checkpoint import read_entry, record_into_every_checkpoint, write_entry
-from lightning_robust.attach.probe import Probe, Route
+from lightning_robust.attach.probe import Probe
+from lightning_robust.attach.route import Route
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as _Callback

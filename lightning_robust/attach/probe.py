@@ -6,114 +6,22 @@ optimizer steps) happens twice. No assumption is made about how a batch looks or
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path as FilePath
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from lightning_robust.attach.batches import Path, as_path, described, get, leaves, rebuilt, shown
+from lightning_robust.attach.route import Route, outputs_into, producer_of, target_of
 from lightning_robust.attach.step import Step, defines
+from lightning_robust.attach.watcher import LossWatcher, ProbeError, Stop, quiet, run_until_stop
 from lightning_robust.losses import LOSSES, LossCall
-from lightning_robust.modes import frozen
 from lightning_robust.randomness import RandomState, reseed
 
-__all__ = ["LossWatcher", "Probe", "ProbeError", "Reading", "Route"]
-
-_TORCH = str(FilePath(torch.__file__).parent)
-# Where a loss is written by hand, the logits went through one of these.
-_SQUASHING = {
-    F.softmax, F.log_softmax, F.logsigmoid, F.sigmoid, torch.softmax, torch.log_softmax, torch.sigmoid, torch.logsumexp,
-    Tensor.softmax, Tensor.log_softmax, Tensor.sigmoid, Tensor.logsumexp,
-}  # fmt: skip
-
-# Steps log their inputs; what needs no gradient there must not fail or warn because ours has one.
-_TO_PYTHON = {Tensor.numpy, Tensor.__array__, Tensor.__float__, Tensor.__int__, Tensor.item, Tensor.tolist}
-
-
-class ProbeError(RuntimeError):
-    """A step could not be read; the message says what was found and which argument helps."""
-
-
-class _Stop(BaseException):
-    """Ends a step where its logits are known. Not an Exception: user code that catches those must not see it."""
-
-
-class LossWatcher(TorchFunctionMode):
-    """Sees the loss calls of whatever runs inside.
-
-    Args:
-        index: Which loss call is wanted, 0 for the first.
-        stop: End the step there.
-    """
-
-    def __init__(self, index: int = 0, *, stop: bool = False) -> None:
-        super().__init__()
-        self.index, self.stop = index, stop
-        self.count = 0
-        self.call: LossCall | None = None
-        self.hint: str | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in LOSSES:
-            if self.count == self.index:
-                self.call = LossCall.from_arguments(func, args, kwargs)
-                if self.stop:
-                    raise _Stop
-            self.count += 1
-        elif func in _SQUASHING and args and isinstance(args[0], Tensor):
-            self.hint = f"{getattr(func, '__name__', 'a softmax')} of a tensor {tuple(args[0].shape)} {_place()}"
-        elif self.stop and func in _TO_PYTHON:
-            args = (args[0].detach(), *args[1:])
-        return func(*args, **kwargs)
-
-
-def _place() -> str:
-    frame = sys._getframe(2)
-    while frame.f_back is not None and (
-        frame.f_code.co_filename.startswith(_TORCH) or frame.f_code.co_filename == __file__
-    ):
-        frame = frame.f_back
-    return f"in {frame.f_code.co_name} ({FilePath(frame.f_code.co_filename).name}:{frame.f_lineno})"
-
-
-@dataclass(frozen=True)
-class Route:
-    """How to get from a batch to logits and targets; found once per kind of step, stored in checkpoints.
-
-    Attributes:
-        step: The step that is run.
-        input: Where in the batch the input is.
-        target: Where the loss's target is, if it is a leaf of the batch.
-        kind: The loss that was called.
-        module: Name of the submodule whose output is the logits, if there is one (``""`` is the module itself).
-        stop_at_module: Stop at that module's output instead of at a loss (steps that compute none).
-    """
-
-    step: str
-    input: Path
-    target: Path | None
-    kind: str
-    module: str | None = None
-    stop_at_module: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists and strings, for checkpoints."""
-        plain = asdict(self)
-        return {**plain, "input": list(self.input), "target": None if self.target is None else list(self.target)}
-
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> Route:
-        """The inverse of :meth:`to_dict`."""
-        target = plain["target"]
-        return cls(**{**plain, "input": tuple(plain["input"]), "target": None if target is None else tuple(target)})
+__all__ = ["Probe", "Reading"]
 
 
 class Reading:
@@ -249,7 +157,7 @@ class Probe:
             ProbeError: If the step cannot be read.
         """
         route = self.routes.get(step.name) or self.discover(step)
-        with _quiet(step.module, training, keep_buffers) as now:
+        with quiet(step.module, training, keep_buffers) as now:
             yield Reading(self, route, step, state or now)
 
     def call(self, step: Step, route: Route) -> LossCall:
@@ -261,7 +169,7 @@ class Probe:
             call = self._until_module(step, route)
         else:
             watcher = LossWatcher(self.loss_index, stop=True)
-            _run_until_stop(step, watcher)
+            run_until_stop(step, watcher)
             call = self._seen(watcher, step)
         return call if self.target_path is None else replace(call, target=get(step.batch, self.target_path))
 
@@ -286,11 +194,11 @@ class Probe:
 
         def stop(_module: nn.Module, _args: Any, output: Tensor) -> None:
             found.append(output)
-            raise _Stop
+            raise Stop
 
         handle = step.module.get_submodule(route.module or "").register_forward_hook(stop)
         try:
-            _run_until_stop(step, None)
+            run_until_stop(step, None)
         finally:
             handle.remove()
         if not found:
@@ -333,16 +241,16 @@ class Probe:
                 f"{described(batch)}."
             )
         outputs: dict[str, list[Tensor]] = {}
-        with _quiet(step.module, False, False) as state:
+        with quiet(step.module, False, False) as state:
             inputs = {path: leaf.detach().clone().requires_grad_() for path, leaf in tracked.items()}
             # Clones of the leaves: a step may normalise its batch in place, which leaves of a graph forbid.
             fed = rebuilt(batch, {path: leaf.clone() for path, leaf in inputs.items()}, _copied)
             state.restore()
-            with _outputs_into(outputs, step.module):
+            with outputs_into(outputs, step.module):
                 call = self.call(step.with_batch(fed), Route(step.name, (), None, ""))
             path = self._input_of(call, inputs, step)
-            target = self.target_path or _target_of(call.target, batch, fed)
-            route = Route(step.name, path, target, call.kind, _producer_of(call.logits, outputs))
+            target = self.target_path or target_of(call.target, batch, fed)
+            route = Route(step.name, path, target, call.kind, producer_of(call.logits, outputs))
         self.routes[step.name] = route
         return route
 
@@ -405,7 +313,7 @@ class Probe:
         if written and known:
             step = Step.of(module, written[0], *args)
             route = replace(known[0], step=step.name, target=self.target_path or known[0].target, stop_at_module=True)
-            with _quiet(module, False, False):
+            with quiet(module, False, False):
                 self.call(step.with_batch(rebuilt(step.batch, {}, _copied)), route)
             self.routes[step.name] = route
             return step
@@ -426,90 +334,9 @@ class Probe:
             route = self.routes.get(step.name) or self.discover(step)
             reads = []
             for seed in (0, 1):
-                with _quiet(step.module, False, False):
+                with quiet(step.module, False, False):
                     reseed(seed)
                     reads.append(self.call(step.with_batch(rebuilt(step.batch, {}, _copied)), route).logits)
         except (RuntimeError, KeyError, IndexError, TypeError, AttributeError, ValueError):
             return False  # a training step that cannot take a validation batch is no route; the caller reports it
         return torch.equal(*reads)
-
-
-@contextmanager
-def _quiet(module: nn.Module, training: bool | None, keep_buffers: bool) -> Iterator[RandomState]:
-    """The module frozen, its ``log`` calls muted and its ``manual_backward`` fenced."""
-    with frozen(module, training=training, keep_buffers=keep_buffers) as state:
-        for part in module.modules():
-            if hasattr(type(part), "log_dict"):  # this module, and LightningModules inside of it
-                # Restored with all other attributes by `frozen`.
-                vars(part).update(log=_muted, log_dict=_muted, manual_backward=_fenced)
-        yield state
-
-
-def _muted(*_args: Any, **_kwargs: Any) -> None:
-    """Stands in for ``log`` and ``log_dict`` while a step is read."""
-
-
-def _fenced(*_args: Any, **_kwargs: Any) -> None:
-    raise ProbeError(
-        "the step calls manual_backward before the loss that is to be read; reading on would train. Use a "
-        "smaller loss_index= or logits_fn=."
-    )
-
-
-def _run_until_stop(step: Step, watcher: LossWatcher | None) -> None:
-    try:
-        if watcher is None:
-            step.run()
-        else:
-            with watcher:
-                step.run()
-    except _Stop:
-        return
-
-
-@contextmanager
-def _outputs_into(outputs: dict[str, list[Tensor]], module: nn.Module) -> Iterator[None]:
-    def keep(name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                outputs.setdefault(name, []).append(output)
-
-        return hook
-
-    handles = [part.register_forward_hook(keep(name)) for name, part in module.named_modules()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _producer_of(logits: Tensor, outputs: dict[str, list[Tensor]]) -> str | None:
-    """The outermost submodule that ran once and whose output is the logits, or a view of the same memory.
-
-    The module itself (``""``) comes last: another step may call ``self.net(x)`` where this one calls ``self(x)``.
-    """
-
-    def same(output: Tensor) -> bool:
-        shares = (
-            output.data_ptr() == logits.data_ptr() and output.numel() == logits.numel() and output.dtype == logits.dtype
-        )
-        return output is logits or shares
-
-    # Hooks of inner modules fire first, so the last match encloses the others.
-    matches = [name for name, seen in outputs.items() if len(seen) == 1 and same(seen[0])]
-    return max(matches, key=lambda name: (name != "", matches.index(name)), default=None)
-
-
-def _target_of(target: Tensor, batch: Any, fed: Any) -> Path | None:
-    """Where in the batch the loss's target is, if it is a leaf as it stands."""
-    for path, leaf in leaves(fed):
-        if (
-            isinstance(leaf, Tensor)
-            and leaf.numel()
-            and (leaf is target or (leaf.data_ptr() == target.data_ptr() and leaf.shape == target.shape))
-        ):
-            original = get(batch, path)
-            if original.dtype == target.dtype and torch.equal(original, target.detach()):
-                return path
-    return None

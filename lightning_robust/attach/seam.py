@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.attach.patch import patch
-from lightning_robust.attach.probe import LossWatcher
 from lightning_robust.attach.step import Step
+from lightning_robust.attach.watcher import LossWatcher
 from lightning_robust.losses import LossCall
 from lightning_robust.randomness import RandomState
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_robust.attach.base import RobustCallback
 from lightning_robust.attach.batches import rebuilt
-from lightning_robust.attach.probe import Probe, ProbeError, Reading, Route
+from lightning_robust.attach.probe import Probe, Reading
+from lightning_robust.attach.route import Route
 from lightning_robust.attach.seam import install
 from lightning_robust.attach.step import Step
+from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.attacks import NFGSM, PGD, ThreatModel, guard
+from lightning_robust.attacks.methods import attack_for, in_model_units, method_named, name_of
 from lightning_robust.losses import LossCall
 from lightning_robust.penalties import kl_divergence
 from lightning_robust.pixels import PixelSpace
@@ -25,7 +27,6 @@ from lightning_robust.randomness import RandomState, seeded
 
 __all__ = ["AdversarialTraining"]
 
-Method = Literal["madry", "trades", "n-fgsm"]
 
 # Forward and input-gradient backward, as a share of a whole training step (docs/adversarial-training.md).
 STEP_COST = 0.77
@@ -97,8 +98,8 @@ class AdversarialTraining(RobustCallback):
         name: str | None = None,
     ) -> None:
         super().__init__("robust", name, Probe(input_key, target_key, logits_fn, loss_index))
-        self.method = _method(method)
-        self.attack = _attack_for(self.method, attack)
+        self.method = method_named(method)
+        self.attack = attack_for(self.method, attack)
         if beta is not None and self.method != "trades":
             raise ValueError(
                 f"beta= weighs the divergence of method='trades'; method={method!r} has none. Leave it out."
@@ -110,7 +111,7 @@ class AdversarialTraining(RobustCallback):
         self.threat: ThreatModel | None = getattr(self.attack, "threat", None)
         if warmup_epochs and self.threat is None:
             raise ValueError(
-                f"warmup_epochs= scales the threat model of an attack, but {_named(self.attack)} has no `threat`."
+                f"warmup_epochs= scales the threat model of an attack, but {name_of(self.attack)} has no `threat`."
             )
         self.beta = 6.0 if beta is None else float(beta)
         self.warmup_epochs, self.craft_mode, self.seed = warmup_epochs, craft_mode, seed
@@ -233,13 +234,13 @@ class AdversarialTraining(RobustCallback):
         if self.threat is not None:
             self.threat.pixels.check(reading.x)
         lines = [
-            f"{self}: {_named(self.attack)}, {reading.found}",
+            f"{self}: {name_of(self.attack)}, {reading.found}",
             self._cost(step.module),
             "metrics logged by training_step are computed on "
             + ("the clean batch" if self.method == "trades" else "the attacked batch"),
         ]
         if self.threat is not None:
-            lines.insert(1, _in_model_units(self.threat))
+            lines.insert(1, in_model_units(self.threat))
         self.say(self._trainer, "; ".join(line for line in lines if line) + ".")
 
     def _cost(self, module: nn.Module) -> str:
@@ -278,56 +279,3 @@ class AdversarialTraining(RobustCallback):
         if self._crafted is None:
             raise RuntimeError(f"{self} was asked for perturbed inputs before the batch was crafted.")
         return self._crafted
-
-
-def _method(name: str) -> Method:
-    for known in get_args(Method):
-        if name == known:
-            return known  # type: ignore[no-any-return]  # get_args loses the literal
-    near = difflib.get_close_matches(name, get_args(Method), 1, cutoff=0.3)
-    raise ValueError(
-        f"method= must be one of {', '.join(get_args(Method))}; got {name!r}."
-        + (f" Did you mean {near[0]!r}?" if near else "")
-    )
-
-
-def _attack_for(method: Method, attack: Any) -> Any:
-    if method == "n-fgsm":
-        if isinstance(attack, ThreatModel):
-            return NFGSM(attack)
-        if isinstance(attack, NFGSM):
-            return attack
-        raise ValueError(
-            f"method='n-fgsm' brings its own attack: give a ThreatModel (or NFGSM with its settings), got "
-            f"{_named(attack)}."
-        )
-    if isinstance(attack, ThreatModel):
-        return PGD(attack, steps=10)
-    if method == "trades":
-        if not isinstance(attack, PGD):
-            raise ValueError(
-                f"method='trades' crafts with PGD on its own objective: give a PGD or a ThreatModel, got "
-                f"{_named(attack)}."
-            )
-        if attack.objective is not None or attack.start not in (None, "gaussian"):
-            raise ValueError(
-                f"method='trades' sets objective (the divergence) and start ('gaussian') of PGD itself, got "
-                f"objective={attack.objective}, start={attack.start!r}. Leave both out."
-            )
-    if not callable(attack):
-        raise TypeError(
-            f"attack= must be a ThreatModel or a callable (logits_fn, x, y) -> x_adv, got {type(attack).__name__}."
-        )
-    return attack
-
-
-def _named(attack: Any) -> str:
-    return str(getattr(attack, "name", None) or getattr(attack, "__name__", None) or type(attack).__name__)
-
-
-def _in_model_units(threat: ThreatModel) -> str:
-    std = threat.pixels.std
-    if not threat.pixels.normalises or threat.norm != "linf":
-        return ""
-    sizes = [threat.eps / s for s in (std if isinstance(std, tuple) else (std,))]
-    return f"eps {threat.eps:.4g} in pixels is {' / '.join(f'{s:.4g}' for s in sizes)} in the model's units"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,11 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler, RandomSampler
+from torch.utils.data import RandomSampler
 
 from lightning_robust.attach.base import RobustCallback
 from lightning_robust.attach.checkpoint import pack_bits, read_entry
-from lightning_robust.attach.probe import Probe, ProbeError, Reading, Route
+from lightning_robust.attach.loaders import count, evaluation_loaders, name_of, nth, true_length
+from lightning_robust.attach.probe import Probe, Reading
+from lightning_robust.attach.route import Route
+from lightning_robust.attach.sample_ids import fingerprint, joined, split
+from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.attacks import NFGSM, PGD, guard
 from lightning_robust.losses import LossCall
 from lightning_robust.pictures import attack_strips
@@ -152,7 +155,7 @@ class RobustAccuracy(RobustCallback):
             self._ids[loader] = self._seen[loader] = 0
         if self._seen[loader] * world + rank >= self.max_samples:
             return
-        several = _count(_loaders(trainer)) > 1
+        several = count(evaluation_loaders(trainer)) > 1
         args = (batch, batch_idx, loader) if several else (batch, batch_idx)
         self._recall_route(trainer)
         step = self.probe.for_evaluation(pl_module, steps, *args)
@@ -165,7 +168,7 @@ class RobustAccuracy(RobustCallback):
         # A distributed sampler deals samples like cards: rank, rank + world, ...
         index = (self._seen[loader] + torch.arange(n)) * world + rank
         self._seen[loader] += n
-        keep = index < min(self.max_samples, _length(trainer, loader, world))
+        keep = index < min(self.max_samples, true_length(trainer, loader, world))
         if not bool(keep.any()):
             return
         if not self._checked:
@@ -183,7 +186,7 @@ class RobustAccuracy(RobustCallback):
         scores[0, kept] = 1.0
         scores[CLEAN, kept] = clean.correct().cpu()[keep]
         self._ids[loader] += sum(
-            _fingerprint(i, x) for i, x in zip(kept.tolist(), reading.x[keep.to(reading.x.device)], strict=True)
+            fingerprint(i, x) for i, x in zip(kept.tolist(), reading.x[keep.to(reading.x.device)], strict=True)
         )
         for row, (name, attack) in enumerate(self.attacks.items(), FIRST_ATTACK):
             if isinstance(attack, (PGD, NFGSM)):
@@ -217,15 +220,15 @@ class RobustAccuracy(RobustCallback):
 
     def _finish(self, trainer: Any, pl_module: Any, stage: str, loaders: Any) -> None:
         self.measured = {}
-        for loader in sorted(self._scores) if trainer.world_size == 1 else range(_count(loaders)):
+        for loader in sorted(self._scores) if trainer.world_size == 1 else range(count(loaders)):
             empty = torch.zeros(FIRST_ATTACK + len(self.attacks), self.max_samples)
-            table = torch.cat([self._scores.get(loader, empty).flatten().double(), _split(self._ids.get(loader, 0))])
+            table = torch.cat([self._scores.get(loader, empty).flatten().double(), split(self._ids.get(loader, 0))])
             table = trainer.strategy.reduce(table.to(pl_module.device), reduce_op="sum").cpu()
-            scores, ids = table[:-4].view(FIRST_ATTACK + len(self.attacks), -1), _joined(table[-4:])
+            scores, ids = table[:-4].view(FIRST_ATTACK + len(self.attacks), -1), joined(table[-4:])
             n = int(scores[0].sum())
             if not n:
                 continue
-            suffix = "" if loader == 0 else f"/{_loader_name(loaders, loader)}"
+            suffix = "" if loader == 0 else f"/{name_of(loaders, loader)}"
             worst = scores[FIRST_ATTACK:].amin(0)
             values = {"clean_accuracy": scores[CLEAN], "accuracy": worst}
             values |= {f"accuracy_{name}": scores[row] for row, name in enumerate(self.attacks, FIRST_ATTACK)}
@@ -289,7 +292,7 @@ class RobustAccuracy(RobustCallback):
             f"RobustAccuracy: {', '.join(self.attacks)} on the first {self.max_samples} samples of each loader; "
             f"{reading.found}.",
         )
-        if isinstance(getattr(_nth(_loaders(trainer), loader), "sampler", None), RandomSampler):
+        if isinstance(getattr(nth(evaluation_loaders(trainer), loader), "sampler", None), RandomSampler):
             warnings.warn(
                 "the evaluation loader shuffles, so that each epoch attacks other samples and numbers of "
                 "different epochs or "
@@ -317,44 +320,3 @@ def _named(attacks: Any) -> dict[str, Any]:
                 f"attack {name!r} must be a callable (logits_fn, x, y) -> x_adv, got {type(attack).__name__}."
             )
     return dict(pairs)
-
-
-def _loaders(trainer: Any) -> Any:
-    return trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-
-
-def _nth(loaders: Any, index: int) -> Any:
-    if isinstance(loaders, dict):
-        return list(loaders.values())[index]
-    return loaders[index] if isinstance(loaders, (list, tuple)) else loaders
-
-
-def _count(loaders: Any) -> int:
-    return len(loaders) if isinstance(loaders, (dict, list, tuple)) else 1
-
-
-def _loader_name(loaders: Any, index: int) -> str:
-    return str(list(loaders)[index]) if isinstance(loaders, dict) else str(index)
-
-
-def _length(trainer: Any, loader: int, world: int) -> int:
-    """How many samples there really are: a distributed sampler repeats some to deal evenly."""
-    one = _nth(_loaders(trainer), loader)
-    if world > 1 and isinstance(getattr(one, "sampler", None), DistributedSampler):
-        return len(one.sampler.dataset)
-    return 2**62
-
-
-def _fingerprint(index: int, x: Tensor) -> int:
-    """48 bits of what sample number ``index`` holds, to be summed over samples in any order."""
-    content = x.detach().float().cpu().contiguous().numpy().tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=6, key=str(index).encode()).digest(), "little")
-
-
-def _split(number: int) -> Tensor:
-    """An integer as four doubles that can be summed exactly over processes."""
-    return torch.tensor([(number >> shift) & 0xFFFF for shift in (0, 16, 32, 48)], dtype=torch.float64)
-
-
-def _joined(parts: Tensor) -> int:
-    return sum(int(part) << shift for part, shift in zip(parts.tolist(), (0, 16, 32, 48), strict=True)) % 2**64

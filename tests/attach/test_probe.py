@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_robust import PGD, AdversarialTraining, ThreatModel
-from lightning_robust.attach.probe import Probe, ProbeError, Route
+from lightning_robust.attach.probe import Probe
+from lightning_robust.attach.route import Route
 from lightning_robust.attach.seam import install
 from lightning_robust.attach.step import Step
+from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.randomness import RandomState
 
 EPS, STEPS, STEP_SIZE = 0.1, 3, 0.06

@@ -1,0 +1,112 @@
+"""Sees the loss calls of a running step, stops it there, and keeps it quiet meanwhile."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_robust.attach.step import Step
+from lightning_robust.losses import LOSSES, LossCall
+from lightning_robust.modes import frozen
+from lightning_robust.randomness import RandomState
+
+__all__ = ["LossWatcher", "ProbeError", "Stop", "quiet", "run_until_stop"]
+
+_TORCH = str(Path(torch.__file__).parent)
+# Where a loss is written by hand, the logits went through one of these.
+_SQUASHING = {
+    F.softmax, F.log_softmax, F.logsigmoid, F.sigmoid, torch.softmax, torch.log_softmax, torch.sigmoid, torch.logsumexp,
+    Tensor.softmax, Tensor.log_softmax, Tensor.sigmoid, Tensor.logsumexp,
+}  # fmt: skip
+
+# Steps log their inputs; what needs no gradient there must not fail or warn because ours has one.
+_TO_PYTHON = {Tensor.numpy, Tensor.__array__, Tensor.__float__, Tensor.__int__, Tensor.item, Tensor.tolist}
+
+
+class ProbeError(RuntimeError):
+    """A step could not be read; the message says what was found and which argument helps."""
+
+
+class Stop(BaseException):
+    """Ends a step where its logits are known. Not an Exception: user code that catches those must not see it."""
+
+
+class LossWatcher(TorchFunctionMode):
+    """Sees the loss calls of whatever runs inside.
+
+    Args:
+        index: Which loss call is wanted, 0 for the first.
+        stop: End the step there.
+    """
+
+    def __init__(self, index: int = 0, *, stop: bool = False) -> None:
+        super().__init__()
+        self.index, self.stop = index, stop
+        self.count = 0
+        self.call: LossCall | None = None
+        self.hint: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in LOSSES:
+            if self.count == self.index:
+                self.call = LossCall.from_arguments(func, args, kwargs)
+                if self.stop:
+                    raise Stop
+            self.count += 1
+        elif func in _SQUASHING and args and isinstance(args[0], Tensor):
+            self.hint = f"{getattr(func, '__name__', 'a softmax')} of a tensor {tuple(args[0].shape)} {_place()}"
+        elif self.stop and func in _TO_PYTHON:
+            args = (args[0].detach(), *args[1:])
+        return func(*args, **kwargs)
+
+
+def _place() -> str:
+    frame = sys._getframe(2)
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(_TORCH) or frame.f_code.co_filename == __file__
+    ):
+        frame = frame.f_back
+    return f"in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+
+
+@contextmanager
+def quiet(module: nn.Module, training: bool | None, keep_buffers: bool) -> Iterator[RandomState]:
+    """The module frozen, its ``log`` calls muted and its ``manual_backward`` fenced."""
+    with frozen(module, training=training, keep_buffers=keep_buffers) as state:
+        for part in module.modules():
+            if hasattr(type(part), "log_dict"):  # this module, and LightningModules inside of it
+                # Restored with all other attributes by `frozen`.
+                vars(part).update(log=_muted, log_dict=_muted, manual_backward=_fenced)
+        yield state
+
+
+def _muted(*_args: Any, **_kwargs: Any) -> None:
+    """Stands in for ``log`` and ``log_dict`` while a step is read."""
+
+
+def _fenced(*_args: Any, **_kwargs: Any) -> None:
+    raise ProbeError(
+        "the step calls manual_backward before the loss that is to be read; reading on would train. Use a "
+        "smaller loss_index= or logits_fn=."
+    )
+
+
+def run_until_stop(step: Step, watcher: LossWatcher | None) -> None:
+    """Run a step until the watcher, or a hook, stops it."""
+    try:
+        if watcher is None:
+            step.run()
+        else:
+            with watcher:
+                step.run()
+    except Stop:
+        return

@@ -1,0 +1,76 @@
+"""The methods of adversarial training: which attack each one needs, and what contradicts it."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal, get_args
+
+from lightning_robust.attacks.n_fgsm import NFGSM
+from lightning_robust.attacks.pgd import PGD
+from lightning_robust.attacks.threat import ThreatModel
+
+__all__ = ["Method", "attack_for", "in_model_units", "method_named", "name_of"]
+
+Method = Literal["madry", "trades", "n-fgsm"]
+
+
+def method_named(name: str) -> Method:
+    """The method of this name; an unknown one is a ``ValueError`` with the nearest."""
+    for known in get_args(Method):
+        if name == known:
+            return known  # type: ignore[no-any-return]  # get_args loses the literal
+    near = difflib.get_close_matches(name, get_args(Method), 1, cutoff=0.3)
+    raise ValueError(
+        f"method= must be one of {', '.join(get_args(Method))}; got {name!r}."
+        + (f" Did you mean {near[0]!r}?" if near else "")
+    )
+
+
+def attack_for(method: Method, attack: Any) -> Any:
+    """The attack that a method trains against.
+
+    Raises:
+        ValueError: If an explicit setting contradicts the method.
+        TypeError: If ``attack`` is no attack.
+    """
+    if method == "n-fgsm":
+        if isinstance(attack, ThreatModel):
+            return NFGSM(attack)
+        if isinstance(attack, NFGSM):
+            return attack
+        raise ValueError(
+            f"method='n-fgsm' brings its own attack: give a ThreatModel (or NFGSM with its settings), got "
+            f"{name_of(attack)}."
+        )
+    if isinstance(attack, ThreatModel):
+        return PGD(attack, steps=10)
+    if method == "trades":
+        if not isinstance(attack, PGD):
+            raise ValueError(
+                f"method='trades' crafts with PGD on its own objective: give a PGD or a ThreatModel, got "
+                f"{name_of(attack)}."
+            )
+        if attack.objective is not None or attack.start not in (None, "gaussian"):
+            raise ValueError(
+                f"method='trades' sets objective (the divergence) and start ('gaussian') of PGD itself, got "
+                f"objective={attack.objective}, start={attack.start!r}. Leave both out."
+            )
+    if not callable(attack):
+        raise TypeError(
+            f"attack= must be a ThreatModel or a callable (logits_fn, x, y) -> x_adv, got {type(attack).__name__}."
+        )
+    return attack
+
+
+def name_of(attack: Any) -> str:
+    """What to call an attack in a message."""
+    return str(getattr(attack, "name", None) or getattr(attack, "__name__", None) or type(attack).__name__)
+
+
+def in_model_units(threat: ThreatModel) -> str:
+    """The radius as the model sees it, where that differs from pixels."""
+    std = threat.pixels.std
+    if not threat.pixels.normalises or threat.norm != "linf":
+        return ""
+    sizes = [threat.eps / s for s in (std if isinstance(std, tuple) else (std,))]
+    return f"eps {threat.eps:.4g} in pixels is {' / '.join(f'{s:.4g}' for s in sizes)} in the model's units"
