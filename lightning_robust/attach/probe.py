@@ -128,6 +128,8 @@ class Probe:
         self.target_path = None if target_key is None else as_path(target_key)
         self.logits_fn, self.loss_index = logits_fn, loss_index
         self.routes: dict[str, Route] = {}
+        self._kind: type | None = None  # of the module that the routes belong to
+        self._stand_ins: dict[str, str] = {}  # steps that cannot be read, and which one is read for them
 
     @property
     def overridden(self) -> bool:
@@ -156,12 +158,19 @@ class Probe:
         Raises:
             ProbeError: If the step cannot be read.
         """
+        self._forget_others(step.module)
         route = self.routes.get(step.name) or self.discover(step)
         with quiet(step.module, training, keep_buffers) as now:
             yield Reading(self, route, step, state or now)
 
+    def _forget_others(self, module: nn.Module) -> None:
+        """One callback may serve several modules in turn; what was found in one says nothing about another."""
+        if self._kind not in (None, type(module)):
+            self.routes, self._stand_ins = {}, {}
+        self._kind = type(module)
+
     def call(self, step: Step, route: Route) -> LossCall:
-        """Run a step (inside :func:`_quiet`) until its logits are known."""
+        """Run a step (inside :func:`~lightning_robust.attach.watcher.quiet`) until its logits are known."""
         if self.logits_fn is not None:
             logits = self.logits_fn(step.module, step.batch)
             return LossCall.for_head(logits, get(step.batch, self.target_path or ()))
@@ -297,9 +306,10 @@ class Probe:
         Raises:
             ProbeError: If none of them works.
         """
+        self._forget_others(module)
         for name in names:
-            if name in self.routes:
-                return Step.of(module, self.routes[name].step, *args)
+            if name in self.routes or name in self._stand_ins:
+                return Step.of(module, self._stand_ins.get(name, name), *args)
         written = [name for name in names if defines(module, name)]
         errors: list[str] = []
         for name in written:
@@ -320,6 +330,7 @@ class Probe:
         if defines(module, "training_step"):
             step = Step.of(module, "training_step", *args)
             if self._agrees_with_itself(step):
+                self._stand_ins[names[0]] = step.name
                 return step
             errors.append(
                 "training_step draws random numbers on the way to its logits, so it cannot stand in for a "

@@ -93,7 +93,6 @@ class RobustAccuracy(RobustCallback):
             raise ValueError(f"stages= takes 'val', 'test' or both, got {stages!r}.")
         self.stages = tuple(stages)
         self.max_samples, self.examples, self.seed = max_samples, examples, seed
-        self.measured: dict[str, float] = {}
         self._entry: dict[str, Any] = {}
         self._scores: dict[int, Tensor] = {}
         self._ids: dict[int, int] = {}
@@ -112,6 +111,9 @@ class RobustAccuracy(RobustCallback):
         return {**self.attacks, "max_samples": self.max_samples, "stages": ", ".join(self.stages), "seed": self.seed}
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
+
+    def attach(self, trainer: Any, pl_module: Any) -> None:
+        self._checked = False  # another fit may bring other data
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._reset()
@@ -178,8 +180,8 @@ class RobustAccuracy(RobustCallback):
         if clean.logits.shape[:1] != reading.x.shape[:1]:
             raise ProbeError(
                 f"the loss gets {clean.logits.shape[0] if clean.logits.ndim else 'no'} rows for a batch of {n} "
-                f"samples, so that "
-                f"rows cannot be told apart by sample. Give logits_fn= that returns (N, K, ...) and target_key=."
+                f"samples, so that rows cannot be told apart by sample. Give logits_fn= that returns (N, K, ...) "
+                f"and target_key=."
             )
         keep &= clean.counted().cpu()
         scores, kept = self._scores[loader], index[keep]
@@ -219,7 +221,6 @@ class RobustAccuracy(RobustCallback):
     # -- one epoch -----------------------------------------------------------------------------------------------
 
     def _finish(self, trainer: Any, pl_module: Any, stage: str, loaders: Any) -> None:
-        self.measured = {}
         for loader in sorted(self._scores) if trainer.world_size == 1 else range(count(loaders)):
             empty = torch.zeros(FIRST_ATTACK + len(self.attacks), self.max_samples)
             table = torch.cat([self._scores.get(loader, empty).flatten().double(), split(self._ids.get(loader, 0))])
@@ -234,9 +235,9 @@ class RobustAccuracy(RobustCallback):
             values |= {f"accuracy_{name}": scores[row] for row, name in enumerate(self.attacks, FIRST_ATTACK)}
             for metric, right in values.items():
                 key = self.key(stage, metric) + suffix
-                self.measured[key] = float(right.sum() / n)
                 # Equal on all processes already; sync_dist tells Lightning that this was thought of.
-                pl_module.log(key, self.measured[key], sync_dist=True, prog_bar=metric == "accuracy", batch_size=n)
+                share = float(right.sum() / n)
+                pl_module.log(key, share, sync_dist=True, prog_bar=metric == "accuracy", batch_size=n)
             if loader == 0 and stage == "val":
                 self._entry = self._record(scores[:, scores[0] > 0], n, ids)
         self._show_pictures(trainer, stage)

@@ -278,9 +278,21 @@ def test_a_validation_without_loss_is_read_at_the_module_that_gave_logits_in_tra
         assert torch.equal(reading.y, batch[1])
 
 
+def test_one_probe_serves_two_kinds_of_module_in_turn() -> None:
+    probe = Probe()
+    for shape, path in ((zoo.ListBatch, (0,)), (zoo.DictBatchWithExtras, ("image",)), (zoo.NestedBatch, (0, 0))):
+        with probe.reading(Step.of(zoo.standalone(shape), "training_step", shape.batch(4), 0)) as reading:
+            reading.read(reading.x)
+        assert probe.routes["training_step"].input == path
+
+
 def test_without_a_trained_route_training_step_stands_in_only_if_it_agrees_with_itself() -> None:
-    module, batch = zoo.standalone(SilentValidation), zoo.ListBatch.batch(4)
-    assert Probe().for_evaluation(module, ("validation_step",), batch, 0).name == "training_step"
+    module, batch, probe = zoo.standalone(SilentValidation), zoo.ListBatch.batch(4), Probe()
+    assert probe.for_evaluation(module, ("validation_step",), batch, 0).name == "training_step"
+    runs: list[int] = []
+    module.net.register_forward_hook(lambda *_: runs.append(1))
+    assert probe.for_evaluation(module, ("validation_step",), batch, 1).name == "training_step"
+    assert runs == []  # found once
 
     class Random(zoo.NumpyMixup):
         def validation_step(self, batch, batch_idx):
