@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in more):
             parser.error(f"unrecognized arguments: {' '.join(more)}")
         arguments.overrides += more
+    if "=" in (getattr(arguments, "resume", None) or ""):  # `--resume vars.eps=0.1`: no folder was meant
+        arguments.overrides, arguments.resume = [*arguments.overrides, arguments.resume], ""
     # Imported late: `--help` should not wait for torch.
     from lightning_robust.recipe import RecipeError
 

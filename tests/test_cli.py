@@ -190,3 +190,8 @@ def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
     assert run.returncode == 0
     assert run.stdout.startswith("usage: lightning-robust")
     assert run.stdout.endswith("imported:\n")
+
+
+def test_an_override_behind_resume_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "quickstart", "--output", str(tmp_path), "--resume", "vars.eps=0.1"]) == 2
+    assert "there is no run of 'quickstart'" in capsys.readouterr().err
