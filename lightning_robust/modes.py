@@ -66,8 +66,10 @@ def frozen(module: nn.Module, *, training: bool | None = False, keep_buffers: bo
     """
     snapshot = _Snapshot(keep_buffers)
     random_state = RandomState.capture()
+    switched: list[tuple[nn.Module, bool]] = []
     try:
-        snapshot.module(module)
+        with torch.inference_mode(False):
+            snapshot.module(module)
         for parameter in module.parameters():
             if parameter.is_inference():
                 raise RuntimeError(
@@ -76,10 +78,15 @@ def frozen(module: nn.Module, *, training: bool | None = False, keep_buffers: bo
                 )
             parameter.grad = None
         if training is not None:
+            # Some layers do more than set a flag (LoRA merges weights): those are switched back by their own method.
+            own = [part for part in module.modules() if type(part).train is not nn.Module.train]
+            switched = [(part, part.training) for part in own if part.training != training]
             module.train(training)
         with torch.inference_mode(False), torch.enable_grad():
             yield random_state
     finally:
+        for part, was in switched:
+            part.train(was)
         snapshot.restore()
         random_state.restore()
 
@@ -113,7 +120,12 @@ class _Snapshot:
                         self._parameter(parameter)
             elif name != "_buffers" or not self.keep_buffers:
                 self._value(value)
-        self._undo.append(_restorer(attributes, dict(attributes)))
+        before = dict(attributes)
+        self._undo.append(_restorer(attributes, before))
+        for name, value in before.items():
+            # What a forward cached in inference mode cannot be differentiated through; a copy can, for the time being.
+            if isinstance(value, Tensor) and value.is_inference():
+                attributes[name] = value.clone()
 
     def _parameter(self, parameter: Tensor) -> None:
         grad, flag = parameter.grad, parameter.requires_grad
@@ -138,7 +150,10 @@ class _Snapshot:
                 return
             self._undo.append(_restorer(value, value.copy()))
             for item in value.values() if isinstance(value, dict) else value:
-                self._value(item)
+                # Tensors in a list are results that a step collects: what is in the list counts. Copying them would
+                # make every step of an epoch dearer than the one before.
+                if not (isinstance(item, Tensor) and isinstance(value, (list, deque))):
+                    self._value(item)
         elif isinstance(value, tuple):
             for item in value:
                 self._value(item)

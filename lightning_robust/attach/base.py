@@ -96,7 +96,19 @@ class RobustCallback(_Callback):
         """What decides the numbers of this callback, for the loggers; for subclasses."""
         return {}
 
+    def clashes(self, other: RobustCallback) -> bool:
+        """Whether two callbacks of one class and area would write the same keys; for subclasses."""
+        return True
+
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        for other in trainer.callbacks:
+            if other is not self and type(other) is type(self) and other.area == self.area and self.clashes(other):
+                raise ValueError(
+                    f"two {type(self).__name__} callbacks would both write {self.area}/...; give one of them a name, "
+                    f"e.g. name='strong', which makes its keys {self.area}.strong/..."
+                )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._detach()  # a second fit, or one after a crash in somebody else's hook
@@ -140,7 +152,7 @@ def show_text(trainer: Any, tag: str, text: str) -> None:
     """Markdown into every logger that takes text; by what it can do, since the two Lightnings have two loggers."""
     if trainer.is_global_zero:
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_text"):
+            if hasattr(getattr(logger, "experiment", None), "add_text"):
                 logger.experiment.add_text(tag, text)
 
 

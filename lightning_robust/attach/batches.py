@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -28,8 +30,12 @@ def _items(node: Any) -> list[tuple[str | int, Any]] | None:
         return list(zip(node._fields, node, strict=True))
     if isinstance(node, (list, tuple)):
         return list(enumerate(node))
-    plain_object = hasattr(node, "__dict__") and not isinstance(node, (Tensor, nn.Module, type)) and not callable(node)
-    return list(vars(node).items()) if plain_object else None
+    if isinstance(node, (Tensor, nn.Module, type, Enum)) or callable(node):
+        return None
+    slots = [name for kind in type(node).__mro__ for name in getattr(kind, "__slots__", ()) if hasattr(node, name)]
+    return [(n, getattr(node, n)) for n in slots if n != "__weakref__"] + list(
+        getattr(node, "__dict__", {}).items()
+    ) or None
 
 
 def leaves(batch: Any) -> Iterator[tuple[Path, Any]]:
@@ -39,12 +45,17 @@ def leaves(batch: Any) -> Iterator[tuple[Path, Any]]:
         >>> list(leaves({"image": 1, "meta": [2, None]}))
         [(('image',), 1), (('meta', 0), 2), (('meta', 1), None)]
     """
-    items = _items(batch)
+    yield from _leaves(batch, ())
+
+
+def _leaves(node: Any, above: tuple[int, ...]) -> Iterator[tuple[Path, Any]]:
+    # An object that is inside of itself (a parent pointer) is a leaf there.
+    items = None if id(node) in above else _items(node)
     if items is None:
-        yield (), batch
+        yield (), node
         return
     for name, child in items:
-        for path, leaf in leaves(child):
+        for path, leaf in _leaves(child, (*above, id(node))):
             yield (name, *path), leaf
 
 
@@ -82,19 +93,23 @@ def rebuilt(batch: Any, replace: Mapping[Path, Any], leaf: Callable[[Any], Any] 
         >>> rebuilt(batch, {("meta", 0): 20}), batch
         ({'image': 1, 'meta': [20, 3]}, {'image': 1, 'meta': [2, 3]})
     """
-    return _rebuilt(batch, (), replace, leaf)
+    return _rebuilt(batch, (), (), replace, leaf)
 
 
-def _rebuilt(node: Any, here: Path, replace: Mapping[Path, Any], leaf: Callable[[Any], Any]) -> Any:
+def _rebuilt(
+    node: Any, here: Path, above: tuple[int, ...], replace: Mapping[Path, Any], leaf: Callable[[Any], Any]
+) -> Any:
     if here in replace:
         return replace[here]
-    items = _items(node)
+    items = None if id(node) in above else _items(node)
     if items is None:
         return leaf(node)
-    children = {name: _rebuilt(child, (*here, name), replace, leaf) for name, child in items}
+    inside = (*above, id(node))
+    children = {name: _rebuilt(child, (*here, name), inside, replace, leaf) for name, child in items}
     if isinstance(node, Mapping):
-        if not isinstance(node, MutableMapping):
-            return type(node)(children)  # type: ignore[call-arg]  # immutable mappings take a mapping
+        if not isinstance(node, (dict, UserDict)):
+            # A copy of somebody's own mapping may share its store, and writing would reach the user's batch.
+            return type(node)(children)  # type: ignore[call-arg]  # as Lightning does when it moves a batch
         fresh = copy.copy(node)  # keeps the type: defaultdict, OrderedDict, a tokenizer's BatchEncoding
         fresh.update(children)
         return fresh

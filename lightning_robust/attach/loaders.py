@@ -6,34 +6,30 @@ from typing import Any
 
 from torch.utils.data import DistributedSampler
 
-__all__ = ["count", "evaluation_loaders", "name_of", "nth", "true_length"]
+__all__ = ["evaluation_loaders", "named", "true_length"]
 
 
-def evaluation_loaders(trainer: Any) -> Any:
-    """What the running evaluation iterates: one loader, a list or a dict of them."""
-    return trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+def evaluation_loaders(trainer: Any) -> list[tuple[str, Any]]:
+    """What the running evaluation iterates, as names and loaders in order."""
+    return named(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders)
 
 
-def nth(loaders: Any, index: int) -> Any:
-    """Loader number ``index``."""
-    if isinstance(loaders, dict):
-        return list(loaders.values())[index]
-    return loaders[index] if isinstance(loaders, (list, tuple)) else loaders
+def named(loaders: Any, name: str = "") -> list[tuple[str, Any]]:
+    """One loader, or nested lists and dicts of them, flat; with the user's names where there are any, else indices.
+
+    Example:
+        >>> named({"near": "a loader", "far": ["another", "a third"]})
+        [('near', 'a loader'), ('far/0', 'another'), ('far/1', 'a third')]
+    """
+    if isinstance(loaders, (list, tuple, dict)):
+        items = loaders.items() if isinstance(loaders, dict) else enumerate(loaders)
+        return [pair for key, child in items for pair in named(child, f"{name}/{key}".lstrip("/"))]
+    return [(name or "0", loaders)]
 
 
-def count(loaders: Any) -> int:
-    """How many there are."""
-    return len(loaders) if isinstance(loaders, (dict, list, tuple)) else 1
-
-
-def name_of(loaders: Any, index: int) -> str:
-    """The name that the user gave a loader, else its index."""
-    return str(list(loaders)[index]) if isinstance(loaders, dict) else str(index)
-
-
-def true_length(trainer: Any, loader: int, world: int) -> int:
+def true_length(loader: Any, world: int) -> int:
     """How many samples there really are: a distributed sampler repeats some to deal evenly."""
-    one = nth(evaluation_loaders(trainer), loader)
-    if world > 1 and isinstance(getattr(one, "sampler", None), DistributedSampler):
-        return len(one.sampler.dataset)
+    sampler = getattr(loader, "sampler", None)
+    if world > 1 and isinstance(sampler, DistributedSampler):
+        return len(sampler.dataset)  # type: ignore[arg-type]  # the sampler itself asks for its length
     return 2**62

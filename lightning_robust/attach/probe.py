@@ -19,7 +19,7 @@ from lightning_robust.attach.route import Route, outputs_into, producer_of, targ
 from lightning_robust.attach.step import Step, defines
 from lightning_robust.attach.watcher import LossWatcher, ProbeError, Stop, quiet, run_until_stop
 from lightning_robust.losses import LOSSES, LossCall
-from lightning_robust.randomness import RandomState, reseed
+from lightning_robust.randomness import RandomState, reseed, untouched_random_state
 
 __all__ = ["Probe", "Reading"]
 
@@ -64,10 +64,17 @@ class Reading:
 
     def read(self, x: Tensor) -> LossCall:
         """Run the step on ``x`` in the place of the input, up to its loss."""
-        if self.call is not None and self._draws is None:
-            self._draws = not self._state.is_current()
-        if self._draws is not False:  # putting the streams back is a good part of reading a tiny net
+        if self._draws is False:  # moving the streams about is a good part of reading a tiny net
+            return self._read(x)
+        # An attack that draws from the global streams goes on with them afterwards: only the step sees a replay.
+        with untouched_random_state():
             self._state.restore()
+            call = self._read(x)
+            if self._draws is None:
+                self._draws = not self._state.is_current()
+        return call
+
+    def _read(self, x: Tensor) -> LossCall:
         # Copies, since steps may write into their batch; of x as well, since a leaf must not be written to.
         batch = rebuilt(self._step.batch, {self._route.input: x.clone()}, _copied)
         self.call = self._probe.call(self._step.with_batch(batch), self._route)
@@ -159,9 +166,21 @@ class Probe:
             ProbeError: If the step cannot be read.
         """
         self._forget_others(step.module)
-        route = self.routes.get(step.name) or self.discover(step)
+        route = self.routes.get(step.name)
+        if route is None or not self._fits(route, step.batch):
+            route = self.discover(step)
         with quiet(step.module, training, keep_buffers) as now:
             yield Reading(self, route, step, state or now)
+
+    @staticmethod
+    def _fits(route: Route, batch: Any) -> bool:
+        """Whether a batch has what the route needs; another loader may bring another make of batch."""
+        try:
+            return isinstance(get(batch, route.input), Tensor) and (
+                route.target is None or get(batch, route.target) is not None
+            )
+        except KeyError:
+            return False
 
     def _forget_others(self, module: nn.Module) -> None:
         """One callback may serve several modules in turn; what was found in one says nothing about another."""
@@ -264,15 +283,16 @@ class Probe:
         return route
 
     def _input_of(self, call: LossCall, inputs: dict[Path, Tensor], step: Step) -> Path:
-        def reached(value: Tensor) -> list[Path]:
+        def reached(value: Tensor, retain: bool) -> list[Path]:
             if not value.requires_grad:
                 return []
-            grads = torch.autograd.grad(value.sum(), list(inputs.values()), allow_unused=True, retain_graph=True)
+            # Kept only where it is needed again: compiled backward passes refuse to be kept.
+            grads = torch.autograd.grad(value.sum(), list(inputs.values()), allow_unused=True, retain_graph=retain)
             return [path for path, grad in zip(inputs, grads, strict=True) if grad is not None]
 
         # Soft labels are floats too: what the target depends on is no input.
-        from_target = reached(call.target) if call.target.is_floating_point() else []
-        candidates = [path for path in reached(call.logits) if path not in from_target]
+        from_target = reached(call.target, retain=True)
+        candidates = [path for path in reached(call.logits, retain=False) if path not in from_target]
         if self.input_path is not None:
             if self.input_path not in candidates:
                 raise ProbeError(
@@ -293,7 +313,7 @@ class Probe:
         raise ProbeError(
             f"no gradient reaches a floating-point input of {where}: {described(step.batch)}. Is the network (a frozen "
             f"backbone?) run under torch.no_grad(), or are its features detached? Then no attack through "
-            f"gradients exists."
+            f"gradients exists. If another loss of the step is meant, say which: loss_index=1."
         )
 
     def for_evaluation(self, module: nn.Module, names: Sequence[str], *args: Any) -> Step:
@@ -307,9 +327,9 @@ class Probe:
             ProbeError: If none of them works.
         """
         self._forget_others(module)
-        for name in names:
-            if name in self.routes or name in self._stand_ins:
-                return Step.of(module, self._stand_ins.get(name, name), *args)
+        wanted = names[0]
+        if wanted in self.routes or wanted in self._stand_ins:
+            return Step.of(module, self._stand_ins.get(wanted, wanted), *args)
         written = [name for name in names if defines(module, name)]
         errors: list[str] = []
         for name in written:
@@ -318,19 +338,21 @@ class Probe:
             except ProbeError as error:
                 errors.append(str(error))
             else:
+                self._stand_ins[wanted] = name
                 return Step.of(module, name, *args)
         known = [route for route in self.routes.values() if route.module is not None]
         if written and known:
             step = Step.of(module, written[0], *args)
             route = replace(known[0], step=step.name, target=self.target_path or known[0].target, stop_at_module=True)
             with quiet(module, False, False):
-                self.call(step.with_batch(rebuilt(step.batch, {}, _copied)), route)
-            self.routes[step.name] = route
-            return step
+                readable = self.call(step.with_batch(rebuilt(step.batch, {}, _copied)), route).logits.requires_grad
+            if readable:  # not so under a decorator such as @torch.no_grad()
+                self.routes[step.name] = route
+                return step
         if defines(module, "training_step"):
             step = Step.of(module, "training_step", *args)
             if self._agrees_with_itself(step):
-                self._stand_ins[names[0]] = step.name
+                self._stand_ins[wanted] = step.name
                 return step
             errors.append(
                 "training_step draws random numbers on the way to its logits, so it cannot stand in for a "

@@ -41,6 +41,7 @@ class Handle:
     add: Add | None = None
     under: Under | None = None
     loss_index: int = 0
+    adversary: bool = False
     _detach: Callable[[Handle], None] | None = None
 
     def detach(self) -> None:
@@ -69,6 +70,7 @@ def install(
     add: Add | None = None,
     under: Under | None = None,
     loss_index: int = 0,
+    adversary: bool = False,
 ) -> Handle:
     """Attach to the ``training_step`` of one module instance.
 
@@ -83,21 +85,21 @@ def install(
         under: ``(step) -> context manager``: entered before the step, left after its backward pass
             (:func:`leave_weights`).
         loss_index: Which loss call of the step ``add`` is about.
+        adversary: Whether ``before`` crafts; who feeds always does. A step has one adversary.
 
     Returns:
         A handle; ``detach()`` ends it.
 
     Raises:
-        RuntimeError: If two callbacks want to feed the step, or a penalty meets manual optimisation.
+        RuntimeError: If two callbacks attack the step, or a penalty meets manual optimisation.
     """
     seam: _Seam = vars(module).get(_SEAM) or _Seam()
-    if feed is not None:
+    if adversary or feed is not None:
         for other in seam.handles:
-            if other.feed is not None:
+            if other.adversary:
                 raise RuntimeError(
-                    f"{owner} and {other.owner} both want to replace the batch of "
-                    f"{type(module).__name__}.training_step; "
-                    f"one step has one adversary. Keep one of them."
+                    f"{owner} and {other.owner} both want to attack {type(module).__name__}.training_step; one step "
+                    f"has one adversary. Keep one of them."
                 )
     if add is not None and not getattr(module, "automatic_optimization", True):
         raise RuntimeError(
@@ -108,7 +110,7 @@ def install(
     if seam.undo is None:
         seam.undo = patch(module, "training_step", _dispatch)
         vars(module)[_SEAM] = seam
-    handle = Handle(owner, feed, before, add, under, loss_index)
+    handle = Handle(owner, feed, before, add, under, loss_index, adversary or feed is not None)
     seam.handles.append(handle)
 
     def detach(gone: Handle) -> None:

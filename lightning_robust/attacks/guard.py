@@ -110,7 +110,8 @@ def guard(attack: Any, threat: ThreatModel | None = None, reach: float | None = 
     """
     if isinstance(attack, Guarded):
         return attack
-    if not callable(attack):
-        raise TypeError(f"an attack is a callable (logits_fn, x, y) -> x_adv, got {type(attack).__name__}.")
+    if not callable(attack) or isinstance(attack, type):
+        got = f"the class {attack.__name__}, not an object" if isinstance(attack, type) else type(attack).__name__
+        raise TypeError(f"an attack is a callable (logits_fn, x, y) -> x_adv, got {got}.")
     threat = threat if threat is not None else getattr(attack, "threat", None)
     return Guarded(attack, threat, reach if reach is not None else getattr(attack, "reach", None))

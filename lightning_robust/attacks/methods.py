@@ -55,7 +55,7 @@ def attack_for(method: Method, attack: Any) -> Any:
                 f"method='trades' sets objective (the divergence) and start ('gaussian') of PGD itself, got "
                 f"objective={attack.objective}, start={attack.start!r}. Leave both out."
             )
-    if not callable(attack):
+    if not callable(attack) or isinstance(attack, type):
         raise TypeError(
             f"attack= must be a ThreatModel or a callable (logits_fn, x, y) -> x_adv, got {type(attack).__name__}."
         )

@@ -129,9 +129,18 @@ class AdversarialTraining(RobustCallback):
 
     def attach(self, trainer: Any, pl_module: Any) -> None:
         self._trainer, self._checked, self._warned = trainer, False, False
+        if any(type(c).__name__ in ("LearningRateFinder", "BatchSizeFinder") for c in trainer.callbacks):
+            self.say(trainer, f"{self}: tuners run without callbacks, so what they find is fitted to clean training.")
         loss_index = self.probe.loss_index
         if self.method == "trades":
-            handle = install(pl_module, str(self), before=self._craft_once, add=self._divergence, loss_index=loss_index)
+            handle = install(
+                pl_module,
+                str(self),
+                before=self._craft_once,
+                add=self._divergence,
+                loss_index=loss_index,
+                adversary=True,
+            )
         else:
             handle = install(pl_module, str(self), feed=self._fed)
         self.on_detach(handle.detach)

@@ -13,7 +13,7 @@ from torch.utils.data import RandomSampler
 
 from lightning_robust.attach.base import RobustCallback
 from lightning_robust.attach.checkpoint import pack_bits, read_entry
-from lightning_robust.attach.loaders import count, evaluation_loaders, name_of, nth, true_length
+from lightning_robust.attach.loaders import evaluation_loaders, true_length
 from lightning_robust.attach.probe import Probe, Reading
 from lightning_robust.attach.route import Route
 from lightning_robust.attach.sample_ids import fingerprint, joined, split
@@ -89,6 +89,12 @@ class RobustAccuracy(RobustCallback):
             raise ValueError(
                 f"max_samples= must be at least 1 and examples= not negative, got {max_samples} and {examples}."
             )
+        if any(isinstance(attack, NFGSM) for attack in self.attacks.values()):
+            warnings.warn(
+                "NFGSM is a training attack that may go three times as far as eps; measure with PGD on the same threat "
+                "model.",
+                stacklevel=2,
+            )
         if not stages or not set(stages) <= {"val", "test"}:
             raise ValueError(f"stages= takes 'val', 'test' or both, got {stages!r}.")
         self.stages = tuple(stages)
@@ -111,6 +117,9 @@ class RobustAccuracy(RobustCallback):
         return {**self.attacks, "max_samples": self.max_samples, "stages": ", ".join(self.stages), "seed": self.seed}
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
+
+    def clashes(self, other: RobustCallback) -> bool:
+        return bool(set(self.stages) & set(getattr(other, "stages", self.stages)))
 
     def attach(self, trainer: Any, pl_module: Any) -> None:
         self._checked = False  # another fit may bring other data
@@ -135,13 +144,16 @@ class RobustAccuracy(RobustCallback):
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if "val" in self.stages and not trainer.sanity_checking:
-            self._finish(trainer, pl_module, "val", trainer.val_dataloaders)
+            self._finish(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if "test" in self.stages:
-            self._finish(trainer, pl_module, "test", trainer.test_dataloaders)
+            self._finish(trainer, pl_module, "test")
 
     # -- one batch -----------------------------------------------------------------------------------------------
+
+    def _empty_table(self) -> Tensor:
+        return torch.zeros(FIRST_ATTACK + len(self.attacks), self.max_samples, dtype=torch.float64)
 
     def _reset(self) -> None:
         self._scores, self._ids, self._seen, self._pictures = {}, {}, {}, []
@@ -153,24 +165,27 @@ class RobustAccuracy(RobustCallback):
     ) -> None:
         world, rank = trainer.world_size, trainer.global_rank
         if loader not in self._scores:
-            self._scores[loader] = torch.zeros(FIRST_ATTACK + len(self.attacks), self.max_samples)
+            self._scores[loader] = self._empty_table()
             self._ids[loader] = self._seen[loader] = 0
         if self._seen[loader] * world + rank >= self.max_samples:
             return
-        several = count(evaluation_loaders(trainer)) > 1
+        several = len(evaluation_loaders(trainer)) > 1
         args = (batch, batch_idx, loader) if several else (batch, batch_idx)
         self._recall_route(trainer)
-        step = self.probe.for_evaluation(pl_module, steps, *args)
-        # Hooks run outside autocast; said once more, since robust accuracy in half precision is no robust accuracy.
-        with torch.autocast(pl_module.device.type, enabled=False), self.probe.reading(step) as reading:
-            self._measure_reading(trainer, reading, loader, world, rank)
+        # The precision of the run, except for autocast: robust accuracy in half precision is no robust accuracy.
+        precision = trainer.precision_plugin
+        context = precision.test_step_context() if trainer.testing else precision.val_step_context()
+        with context, torch.autocast(pl_module.device.type, enabled=False):
+            step = self.probe.for_evaluation(pl_module, steps, *args)
+            with self.probe.reading(step) as reading:
+                self._measure_reading(trainer, reading, loader, world, rank)
 
     def _measure_reading(self, trainer: Any, reading: Reading, loader: int, world: int, rank: int) -> None:
         n = len(reading.x)
         # A distributed sampler deals samples like cards: rank, rank + world, ...
         index = (self._seen[loader] + torch.arange(n)) * world + rank
         self._seen[loader] += n
-        keep = index < min(self.max_samples, true_length(trainer, loader, world))
+        keep = index < min(self.max_samples, true_length(evaluation_loaders(trainer)[loader][1], world))
         if not bool(keep.any()):
             return
         if not self._checked:
@@ -186,7 +201,7 @@ class RobustAccuracy(RobustCallback):
         keep &= clean.counted().cpu()
         scores, kept = self._scores[loader], index[keep]
         scores[0, kept] = 1.0
-        scores[CLEAN, kept] = clean.correct().cpu()[keep]
+        scores[CLEAN, kept] = clean.correct().cpu().double()[keep]
         self._ids[loader] += sum(
             fingerprint(i, x) for i, x in zip(kept.tolist(), reading.x[keep.to(reading.x.device)], strict=True)
         )
@@ -201,7 +216,7 @@ class RobustAccuracy(RobustCallback):
             with torch.no_grad():
                 attacked = reading.read(perturbed)
             # What breaks without an attack is not robust, wherever the attack happened to lead.
-            scores[row, kept] = torch.minimum(attacked.correct().cpu()[keep], scores[CLEAN, kept])
+            scores[row, kept] = torch.minimum(attacked.correct().cpu().double()[keep], scores[CLEAN, kept])
             if row == FIRST_ATTACK and loader == 0 and len(self._pictures) < self.examples and trainer.is_global_zero:
                 self._keep_pictures(self.attacks[name], reading.x, perturbed, clean, attacked)
 
@@ -220,16 +235,18 @@ class RobustAccuracy(RobustCallback):
 
     # -- one epoch -----------------------------------------------------------------------------------------------
 
-    def _finish(self, trainer: Any, pl_module: Any, stage: str, loaders: Any) -> None:
-        for loader in sorted(self._scores) if trainer.world_size == 1 else range(count(loaders)):
-            empty = torch.zeros(FIRST_ATTACK + len(self.attacks), self.max_samples)
-            table = torch.cat([self._scores.get(loader, empty).flatten().double(), split(self._ids.get(loader, 0))])
-            table = trainer.strategy.reduce(table.to(pl_module.device), reduce_op="sum").cpu()
+    def _finish(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        loaders = evaluation_loaders(trainer)
+        for loader in sorted(self._scores) if trainer.world_size == 1 else range(len(loaders)):
+            scores = self._scores.get(loader, self._empty_table())
+            table = torch.cat([scores.flatten(), split(self._ids.get(loader, 0))])
+            if trainer.world_size > 1:
+                table = trainer.strategy.reduce(table.to(pl_module.device), reduce_op="sum").cpu()
             scores, ids = table[:-4].view(FIRST_ATTACK + len(self.attacks), -1), joined(table[-4:])
             n = int(scores[0].sum())
             if not n:
                 continue
-            suffix = "" if loader == 0 else f"/{name_of(loaders, loader)}"
+            suffix = "" if loader == 0 else f"/{loaders[loader][0]}"
             worst = scores[FIRST_ATTACK:].amin(0)
             values = {"clean_accuracy": scores[CLEAN], "accuracy": worst}
             values |= {f"accuracy_{name}": scores[row] for row, name in enumerate(self.attacks, FIRST_ATTACK)}
@@ -268,7 +285,7 @@ class RobustAccuracy(RobustCallback):
         picture = attack_strips(clean, perturbed, labels, before, after, bounds)
         for logger in trainer.loggers:
             # By what it can do: the two Lightning namespaces have two TensorBoardLogger classes.
-            if hasattr(logger.experiment, "add_image"):
+            if hasattr(getattr(logger, "experiment", None), "add_image"):
                 logger.experiment.add_image(self.key(stage, "examples"), picture, trainer.global_step)
 
     # -- the first batch, and routes from elsewhere --------------------------------------------------------------
@@ -280,6 +297,12 @@ class RobustAccuracy(RobustCallback):
         try:
             stored = read_entry(trainer.ckpt_path).get("route", {})
         except KeyError:
+            return  # saved by a run without us
+        except Exception as error:  # a checkpoint of any make: what Lightning can load must not fail here
+            self.say(
+                trainer,
+                f"RobustAccuracy: no route read from {trainer.ckpt_path} ({type(error).__name__}); finding it anew.",
+            )
             return
         self.probe.routes.update({step: Route.from_dict(route) for step, route in stored.items()})
 
@@ -293,7 +316,7 @@ class RobustAccuracy(RobustCallback):
             f"RobustAccuracy: {', '.join(self.attacks)} on the first {self.max_samples} samples of each loader; "
             f"{reading.found}.",
         )
-        if isinstance(getattr(nth(evaluation_loaders(trainer), loader), "sampler", None), RandomSampler):
+        if isinstance(getattr(evaluation_loaders(trainer)[loader][1], "sampler", None), RandomSampler):
             warnings.warn(
                 "the evaluation loader shuffles, so that each epoch attacks other samples and numbers of "
                 "different epochs or "
@@ -308,7 +331,8 @@ def _named(attacks: Any) -> dict[str, Any]:
         pairs = [(str(name), attack) for name, attack in attacks.items()]
     else:
         pairs = [
-            (getattr(a, "name", None) or getattr(a, "__name__", None) or type(a).__name__.lower(), a) for a in listed
+            (str(getattr(a, "name", None) or getattr(a, "__name__", type(a).__name__.lower())).strip("<>"), a)
+            for a in listed
         ]
     names = [name for name, _ in pairs]
     if not pairs or len(set(names)) < len(names):

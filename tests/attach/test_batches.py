@@ -98,3 +98,11 @@ def test_a_description_has_types_and_shapes_and_an_end() -> None:
     assert described([torch.zeros(2, 3), "x", None]) == "batch[0] float32 (2, 3), batch[1] str, batch[2] NoneType"
     assert described({str(i): i for i in range(20)}).endswith("and 8 more")
     assert described([]) == "an empty batch"
+
+
+def test_an_object_that_is_inside_of_itself_is_a_leaf_there() -> None:
+    batch = SimpleNamespace(image=1)
+    batch.parent = batch
+    assert [path for path, _ in leaves(batch)] == [("image",), ("parent",)]
+    fresh = rebuilt(batch, {("image",): 2})
+    assert (fresh.image, fresh.parent, batch.image) == (2, batch, 1)

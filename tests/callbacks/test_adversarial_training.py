@@ -286,10 +286,12 @@ def test_contradictory_settings_are_refused_at_once(attack: Any, settings: dict[
         AdversarialTraining(attack, **settings)
 
 
-def test_two_adversaries_on_one_step_are_refused_before_training() -> None:
-    trainer = zoo.trainer(callbacks=[AdversarialTraining(THREAT, name="a"), AdversarialTraining(THREAT, name="b")])
+@pytest.mark.parametrize(("first", "second"), [("madry", "n-fgsm"), ("madry", "trades"), ("trades", "trades")])
+def test_two_adversaries_on_one_step_are_refused_before_training(first: str, second: str) -> None:
+    both = [AdversarialTraining(THREAT, first, name="a"), AdversarialTraining(THREAT, second, name="b")]
+    trainer = zoo.trainer(callbacks=both)
     module = zoo.built(zoo.ListBatch)
-    with pytest.raises(RuntimeError, match="both want to replace the batch"):
+    with pytest.raises(RuntimeError, match="both want to attack"):
         trainer.fit(module, zoo.loader(zoo.ListBatch))
     assert trainer.global_step == 0
     assert "training_step" not in vars(module)
