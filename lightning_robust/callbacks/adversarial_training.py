@@ -254,7 +254,9 @@ class AdversarialTraining(RobustCallback):
 
     def _cost(self, module: nn.Module) -> str:
         norms = sum(isinstance(part, _BatchNorm) for part in module.modules())
-        seen = 2 if self.method == "trades" else 1
+        seen = 1
+        if self.method == "trades":  # the step's own clean forward gave no logits where logits_fn= has to
+            seen = 2 if self.probe.logits_fn is None else 3
         batch_norm = f", BatchNorm sees {seen} forward{'s' if seen > 1 else ''} a step" if norms else ""
         if not isinstance(self.attack, (PGD, NFGSM)):
             return batch_norm.removeprefix(", ")
@@ -270,9 +272,8 @@ class AdversarialTraining(RobustCallback):
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{outside} of {len(x)} inputs leave the pixel bounds {space.bounds} (augmentation?). They keep "
-                f"their own "
-                f"wider bounds and are counted in {self.key('train', 'outside_box')}.",
+                f"{outside} of {len(x)} inputs leave the pixel bounds {space.bounds} (augmentation?). They keep their "
+                f"own wider bounds and are counted in {self.key('train', 'outside_box')}.",
                 stacklevel=2,
             )
 

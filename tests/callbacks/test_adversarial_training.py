@@ -321,6 +321,22 @@ def test_any_callable_is_an_attack_and_is_held_to_its_threat() -> None:
         )
 
 
+def test_trades_with_a_hand_written_loss_trains_on_the_same_gradient_and_one_more_forward() -> None:
+    class HandWritten(Asymmetric):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return -self.net(x).log_softmax(1).gather(1, y[:, None]).mean()
+
+    told = {"logits_fn": lambda module, batch: module.net(batch[0]), "target_key": 1}
+    weights, counts = [], []
+    for shape, settings in ((Asymmetric, {}), (HandWritten, told)):
+        _, after = one_step(AdversarialTraining(PGD(THREAT, steps=2), "trades", **settings), shape)
+        weights.append(torch.cat([p.detach().flatten() for p in after.parameters()]))
+        counts.append(int(after.net[1].num_batches_tracked))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)
+    assert counts == [2, 3]
+
+
 def test_bf16_mixed_trains_with_trades(recwarn: pytest.WarningsRecorder) -> None:
     module = zoo.built(Asymmetric)
     before = copy.deepcopy(module.state_dict())
