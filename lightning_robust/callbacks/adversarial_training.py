@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_robust.attach.base import RobustCallback
 from lightning_robust.attach.batches import rebuilt
-from lightning_robust.attach.probe import Probe, Reading
+from lightning_robust.attach.probe import Probe
+from lightning_robust.attach.reading import Reading
 from lightning_robust.attach.route import Route
 from lightning_robust.attach.seam import install
 from lightning_robust.attach.step import Step

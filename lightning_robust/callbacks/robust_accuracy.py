@@ -14,7 +14,8 @@ from torch.utils.data import RandomSampler
 from lightning_robust.attach.base import RobustCallback
 from lightning_robust.attach.checkpoint import pack_bits, read_entry
 from lightning_robust.attach.loaders import evaluation_loaders, true_length
-from lightning_robust.attach.probe import Probe, Reading
+from lightning_robust.attach.probe import Probe
+from lightning_robust.attach.reading import Reading
 from lightning_robust.attach.route import Route
 from lightning_robust.attach.sample_ids import fingerprint, joined, split
 from lightning_robust.attach.watcher import ProbeError

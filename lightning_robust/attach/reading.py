@@ -1,0 +1,104 @@
+"""One batch of a user's step, read any number of times with other inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_robust.attach.batches import get, rebuilt, shown
+from lightning_robust.attach.route import Route
+from lightning_robust.attach.step import Step
+from lightning_robust.attach.watcher import ProbeError
+from lightning_robust.losses import LossCall
+from lightning_robust.randomness import RandomState, untouched_random_state
+
+if TYPE_CHECKING:
+    from lightning_robust.attach.probe import Probe
+
+__all__ = ["Reading", "copied"]
+
+
+class Reading:
+    """One batch, ready to be read any number of times; made by :meth:`Probe.reading`.
+
+    Every read starts from the same random state as the real step, so that mixup in the step mixes the same pairs.
+
+    Attributes:
+        x: The input, ``(N, ...)``.
+        call: The loss call of the last read.
+    """
+
+    def __init__(self, probe: Probe, route: Route, step: Step, state: RandomState) -> None:
+        self._probe, self._route, self._step, self._state = probe, route, step, state
+        self.x: Tensor = get(step.batch, route.input)
+        self.call: LossCall | None = None
+        self._draws: bool | None = None  # whether the step draws random numbers before its loss
+
+    @property
+    def found(self) -> str:
+        """What was found, for the user to check."""
+        route = self._route
+        target = "made by the step" if route.target is None else shown(route.target)
+        source = "" if route.module is None else f" from {route.module or 'forward'!r}"
+        return f"input {shown(route.input)} {tuple(self.x.shape)}, targets {target}, {route.kind}{source}"
+
+    @property
+    def y(self) -> Tensor:
+        """The targets as the loss gets them."""
+        if self.call is None:
+            path = self._route.target
+            leaf = None if path is None else get(self._step.batch, path)
+            if isinstance(leaf, Tensor) and not self._probe.overridden:
+                return leaf
+            with torch.no_grad():
+                self.read(self.x)
+        if self.call is None:
+            raise ProbeError("no targets were read.")
+        return self.call.target
+
+    def read(self, x: Tensor) -> LossCall:
+        """Run the step on ``x`` in the place of the input, up to its loss."""
+        if self._draws is False:  # moving the streams about is a good part of reading a tiny net
+            return self._read(x)
+        # An attack that draws from the global streams goes on with them afterwards: only the step sees a replay.
+        with untouched_random_state():
+            self._state.restore()
+            call = self._read(x)
+            if self._draws is None:
+                self._draws = not self._state.is_current()
+        return call
+
+    def _read(self, x: Tensor) -> LossCall:
+        # Copies, since steps may write into their batch; of x as well, since a leaf must not be written to.
+        batch = rebuilt(self._step.batch, {self._route.input: x.clone()}, copied)
+        self.call = self._probe.call(self._step.with_batch(batch), self._route)
+        return self.call
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The logits of ``x``, differentiable: the ``logits_fn`` that attacks are given."""
+        return self.read(x).logits
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The user's own loss for the last read, one number a sample: the objective that attacks climb."""
+        return self._last().again(logits).per_sample()
+
+    def margin(self, logits: Tensor, y: Tensor) -> Tensor:
+        """How far wrong answers lie above right ones, for this head."""
+        return self._last().again(logits).margin()
+
+    def _last(self) -> LossCall:
+        if self.call is None:
+            raise ProbeError("the objective was asked for before any logits were read.")
+        return self.call
+
+    def batch_with(self, x: Tensor) -> Any:
+        """The batch with ``x`` in the place of the input: new containers, everything else as it was."""
+        return rebuilt(self._step.batch, {self._route.input: x})
+
+
+def copied(leaf: Any) -> Any:
+    """A copy of a tensor, anything else as it is."""
+    # Outside inference mode a clone of an inference tensor is a normal one.
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
