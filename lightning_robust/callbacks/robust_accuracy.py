@@ -17,17 +17,15 @@ from lightning_robust.attach.loaders import evaluation_loaders, true_length
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.reading import Reading
 from lightning_robust.attach.route import Route
-from lightning_robust.attach.sample_ids import fingerprint, joined, split
 from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.attacks import NFGSM, PGD, guard
 from lightning_robust.losses import LossCall
+from lightning_robust.metrics import SampleScores
 from lightning_robust.pictures import attack_strips
 from lightning_robust.pixels import PixelSpace
 from lightning_robust.randomness import seeded
 
 __all__ = ["RobustAccuracy"]
-
-CLEAN, FIRST_ATTACK = 1, 2  # rows of the score table; row 0 counts
 
 
 class RobustAccuracy(RobustCallback):
@@ -101,8 +99,7 @@ class RobustAccuracy(RobustCallback):
         self.stages = tuple(stages)
         self.max_samples, self.examples, self.seed = max_samples, examples, seed
         self._entry: dict[str, Any] = {}
-        self._scores: dict[int, Tensor] = {}
-        self._ids: dict[int, int] = {}
+        self._scores: dict[int, SampleScores] = {}
         self._seen: dict[int, int] = {}
         self._pictures: list[tuple[Tensor, ...]] = []
         self._checked = False
@@ -153,11 +150,11 @@ class RobustAccuracy(RobustCallback):
 
     # -- one batch -----------------------------------------------------------------------------------------------
 
-    def _empty_table(self) -> Tensor:
-        return torch.zeros(FIRST_ATTACK + len(self.attacks), self.max_samples, dtype=torch.float64)
+    def _empty(self) -> SampleScores:
+        return SampleScores(list(self.attacks), self.max_samples)
 
     def _reset(self) -> None:
-        self._scores, self._ids, self._seen, self._pictures = {}, {}, {}, []
+        self._scores, self._seen, self._pictures = {}, {}, []
 
     # Not only the attack: our own tables too must be ordinary tensors, also under Trainer.test.
     @torch.inference_mode(False)
@@ -166,8 +163,7 @@ class RobustAccuracy(RobustCallback):
     ) -> None:
         world, rank = trainer.world_size, trainer.global_rank
         if loader not in self._scores:
-            self._scores[loader] = self._empty_table()
-            self._ids[loader] = self._seen[loader] = 0
+            self._scores[loader], self._seen[loader] = self._empty(), 0
         if self._seen[loader] * world + rank >= self.max_samples:
             return
         several = len(evaluation_loaders(trainer)) > 1
@@ -201,12 +197,8 @@ class RobustAccuracy(RobustCallback):
             )
         keep &= clean.counted().cpu()
         scores, kept = self._scores[loader], index[keep]
-        scores[0, kept] = 1.0
-        scores[CLEAN, kept] = clean.correct().cpu().double()[keep]
-        self._ids[loader] += sum(
-            fingerprint(i, x) for i, x in zip(kept.tolist(), reading.x[keep.to(reading.x.device)], strict=True)
-        )
-        for row, (name, attack) in enumerate(self.attacks.items(), FIRST_ATTACK):
+        scores.add_clean(kept, clean.correct().cpu()[keep], reading.x[keep.to(reading.x.device)])
+        for name, attack in self.attacks.items():
             if isinstance(attack, (PGD, NFGSM)):
                 space = replace(attack.threat.pixels, outside="widen")
                 attack = replace(
@@ -216,9 +208,9 @@ class RobustAccuracy(RobustCallback):
             perturbed = guard(attack)(reading.logits, reading.x, clean.target, generator=noise)
             with torch.no_grad():
                 attacked = reading.read(perturbed)
-            # What breaks without an attack is not robust, wherever the attack happened to lead.
-            scores[row, kept] = torch.minimum(attacked.correct().cpu().double()[keep], scores[CLEAN, kept])
-            if row == FIRST_ATTACK and loader == 0 and len(self._pictures) < self.examples and trainer.is_global_zero:
+            scores.add_attack(name, kept, attacked.correct().cpu()[keep])
+            wanted = name == next(iter(self.attacks)) and loader == 0 and trainer.is_global_zero
+            if wanted and len(self._pictures) < self.examples:
                 self._keep_pictures(self.attacks[name], reading.x, perturbed, clean, attacked)
 
     def _keep_pictures(self, attack: Any, x: Tensor, perturbed: Tensor, clean: LossCall, attacked: LossCall) -> None:
@@ -239,40 +231,34 @@ class RobustAccuracy(RobustCallback):
     def _finish(self, trainer: Any, pl_module: Any, stage: str) -> None:
         loaders = evaluation_loaders(trainer)
         for loader in sorted(self._scores) if trainer.world_size == 1 else range(len(loaders)):
-            scores = self._scores.get(loader, self._empty_table())
-            table = torch.cat([scores.flatten(), split(self._ids.get(loader, 0))])
+            scores = self._scores.get(loader) or self._empty()
             if trainer.world_size > 1:
-                table = trainer.strategy.reduce(table.to(pl_module.device), reduce_op="sum").cpu()
-            scores, ids = table[:-4].view(FIRST_ATTACK + len(self.attacks), -1), joined(table[-4:])
-            n = int(scores[0].sum())
-            if not n:
+                scores.load(trainer.strategy.reduce(scores.state().to(pl_module.device), reduce_op="sum"))
+            if not scores.n:
                 continue
             suffix = "" if loader == 0 else f"/{loaders[loader][0]}"
-            worst = scores[FIRST_ATTACK:].amin(0)
-            values = {"clean_accuracy": scores[CLEAN], "accuracy": worst}
-            values |= {f"accuracy_{name}": scores[row] for row, name in enumerate(self.attacks, FIRST_ATTACK)}
-            for metric, right in values.items():
+            for metric, share in scores.accuracies().items():
                 key = self.key(stage, metric) + suffix
                 # Equal on all processes already; sync_dist tells Lightning that this was thought of.
-                share = float(right.sum() / n)
-                pl_module.log(key, share, sync_dist=True, prog_bar=metric == "accuracy", batch_size=n)
+                pl_module.log(key, share, sync_dist=True, prog_bar=metric == "accuracy", batch_size=scores.n)
             if loader == 0 and stage == "val":
-                self._entry = self._record(scores[:, scores[0] > 0], n, ids)
+                self._entry = self._record(scores)
         self._show_pictures(trainer, stage)
         self._reset()
 
-    def _record(self, scores: Tensor, n: int, ids: int) -> dict[str, Any]:
+    def _record(self, scores: SampleScores) -> dict[str, Any]:
+        accuracies = scores.accuracies()
         attacks = {
             name: {
                 "settings": repr(attack),
-                "n": n,
-                "accuracy": float(scores[row].sum() / n),
-                "correct": pack_bits(scores[row] == 1),
+                "n": scores.n,
+                "accuracy": accuracies[f"accuracy_{name}"],
+                "correct": pack_bits(scores.correct(name) == 1),
             }
-            for row, (name, attack) in enumerate(self.attacks.items(), FIRST_ATTACK)
+            for name, attack in self.attacks.items()
         }
-        clean = {"clean_accuracy": float(scores[CLEAN].sum() / n), "clean_correct": pack_bits(scores[CLEAN] == 1)}
-        return {"attacks": attacks, "n": n, **clean, "sample_ids": f"{ids:016x}"}
+        clean = {"clean_accuracy": accuracies["clean_accuracy"], "clean_correct": pack_bits(scores.correct() == 1)}
+        return {"attacks": attacks, "n": scores.n, **clean, "sample_ids": scores.sample_ids}
 
     def _show_pictures(self, trainer: Any, stage: str) -> None:
         if not self._pictures or not trainer.is_global_zero:
