@@ -303,6 +303,7 @@ def test_adversarial_training_is_built_with_its_attack(
     assert (callback.method, callback.attack) == (method, expected)
 
 
+@pytest.mark.filterwarnings("ignore:NFGSM is a training attack")  # built here, not used
 @pytest.mark.parametrize(
     ("attacks", "expected"),
     [
