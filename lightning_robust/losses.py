@@ -82,9 +82,8 @@ class LossCall:
         if not target.is_floating_point() and target.shape == logits.shape[:1] + logits.shape[2:]:
             return cls("cross_entropy", logits, target)
         raise ValueError(
-            f"logits_fn returned {tuple(logits.shape)} for targets {tuple(target.shape)} of type "
-            f"{target.dtype}; expected "
-            f"(N, K, ...) with integer classes (N, ...), or (N,), (N, 1) or (N, K) with 0/1 targets."
+            f"logits_fn returned {tuple(logits.shape)} for targets {tuple(target.shape)} of type {target.dtype}; "
+            "expected (N, K, ...) with integer classes (N, ...), or (N,), (N, 1) or (N, K) with 0/1 targets."
         )
 
     @property

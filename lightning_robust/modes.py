@@ -122,10 +122,11 @@ class _Snapshot:
                 self._value(value)
         before = dict(attributes)
         self._undo.append(_restorer(attributes, before))
-        for name, value in before.items():
-            # What a forward cached in inference mode cannot be differentiated through; a copy can, for the time being.
-            if isinstance(value, Tensor) and value.is_inference():
-                attributes[name] = value.clone()
+        # What a forward cached in inference mode cannot be differentiated through; a copy can, for the time being.
+        for held in (attributes, {} if self.keep_buffers else module._buffers):
+            for name, value in list(held.items()):
+                if isinstance(value, Tensor) and value.is_inference():
+                    held[name] = value.clone()
 
     def _parameter(self, parameter: Tensor) -> None:
         grad, flag = parameter.grad, parameter.requires_grad

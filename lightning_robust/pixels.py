@@ -144,9 +144,8 @@ class PixelSpace:
             return "These look like 0..255 images: use PixelSpace(bounds=(0, 255)) and give eps in the same units."
         if lowest < low and not self.normalises:
             return (
-                "These look normalised: say so with PixelSpace(bounds=..., mean=..., std=...), the numbers "
-                "that the data "
-                "pipeline uses, so that eps stays in pixels. For data without bounds use PixelSpace(bounds=None)."
+                "These look normalised: say so with PixelSpace(bounds=..., mean=..., std=...), the numbers that the "
+                "data pipeline uses, so that eps stays in pixels. For data without bounds use PixelSpace(bounds=None)."
             )
         return "Check bounds, mean and std against the data pipeline; PixelSpace(bounds=None) switches the box off."
 

@@ -86,7 +86,7 @@ def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         recipe: Name of a shipped recipe or path of a YAML file.
-        overrides: Dotted keys: ``trainer.max_epochs=5``, ``vars.eps=8/255``, ``callbacks.ood=null``.
+        overrides: Dotted keys: ``trainer.max_epochs=5``, ``vars.eps=8/255``, ``callbacks.robust=null``.
 
     Returns:
         The raw and the resolved recipe. Callbacks that are null are gone from the resolved one.

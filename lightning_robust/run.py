@@ -237,8 +237,7 @@ def _last_checkpoint(folder: Path) -> Path:
     found = found or sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise RecipeError(
-            f"{folder}: nothing to go on with, expected a checkpoint in {folder / 'checkpoints'}. A run can be "
-            f"resumed once its first "
-            f"validation has ended; give it a ModelCheckpoint without a monitor."
+            f"{folder}: nothing to go on with, expected a checkpoint in {folder / 'checkpoints'}. A run can be resumed "
+            "once its first validation has ended; give it a ModelCheckpoint without a monitor."
         )
     return found[-1]

@@ -129,9 +129,8 @@ class Probe:
             )
         hint = f" The last candidate seen was {watcher.hint}." if watcher.hint else ""
         raise ProbeError(
-            f"{where} calls none of the losses that can be read "
-            f"({', '.join(sorted(set(LOSSES.values())))}).{hint} Say where "
-            f"its logits come from: logits_fn=lambda module, batch: ..., with target_key=... for the targets. "
+            f"{where} calls none of the losses that can be read ({', '.join(sorted(set(LOSSES.values())))}).{hint} Say "
+            "where its logits come from: logits_fn=lambda module, batch: ..., with target_key=... for the targets. "
             f"The batch has {described(step.batch)}. Regression and detection have no logits and are not served."
         )
 
@@ -177,8 +176,7 @@ class Probe:
         if not tracked:
             raise ProbeError(
                 f"the batch of {type(step.module).__name__} has no floating-point input to differentiate: "
-                f"{described(batch)}. "
-                f"Token ids cannot be perturbed; cast integer images to float in the data pipeline."
+                f"{described(batch)}. Token ids cannot be perturbed; cast integer images to float in the data pipeline."
             )
         if self.input_path is not None and self.input_path not in tracked:
             get(batch, self.input_path)  # says what there is

@@ -103,9 +103,9 @@ def install(
                 )
     if add is not None and not getattr(module, "automatic_optimization", True):
         raise RuntimeError(
-            f"{owner} adds a term to the loss, but {type(module).__name__} uses manual optimisation, where the "
-            f"step calls "
-            f"backward itself. Use a method that only feeds the step (e.g. method='madry'), or automatic optimisation."
+            f"{owner} adds a term to the loss, but {type(module).__name__} uses manual optimisation, where the step "
+            "calls backward itself. Use a method that only feeds the step (e.g. method='madry'), or automatic "
+            "optimisation."
         )
     if seam.undo is None:
         seam.undo = patch(module, "training_step", _dispatch)

@@ -67,8 +67,7 @@ class Guarded:
         if farthest > reach * (1 + 1e-6) + slack * root:
             raise AttackError(
                 f"{what} moved an input by {farthest:.6g} ({self.threat.norm}, pixels), but promised at most "
-                f"{reach:.6g}. "
-                f"An attack that may go farther states it in an attribute `reach`."
+                f"{reach:.6g}. An attack that may go farther states it in an attribute `reach`."
             )
         low, high = space.box(clean)
         over = float(torch.maximum(low - perturbed, perturbed - high).max()) if space.bounds is not None else 0.0

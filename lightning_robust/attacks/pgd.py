@@ -77,9 +77,8 @@ class PGD:
         needed = (2 if self.start in (None, "uniform") else 1) * self.threat.eps
         if self.steps * self.step_size < needed * (1 - 1e-6):
             warnings.warn(
-                f"{self.steps} steps of {self.step_size:.4g} walk {self.steps * self.step_size:.4g}, but the "
-                f"far side of "
-                f"the ball is {needed:.4g} away: accuracy under this attack will look better than it is. Use "
+                f"{self.steps} steps of {self.step_size:.4g} walk {self.steps * self.step_size:.4g}, but the far side "
+                f"of the ball is {needed:.4g} away: accuracy under this attack will look better than it is. Use "
                 f"step_size={2.5 * self.threat.eps / self.steps:.4g} (the default) or more steps.",
                 stacklevel=3,
             )

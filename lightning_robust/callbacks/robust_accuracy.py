@@ -305,9 +305,8 @@ class RobustAccuracy(RobustCallback):
         )
         if isinstance(getattr(evaluation_loaders(trainer)[loader][1], "sampler", None), RandomSampler):
             warnings.warn(
-                "the evaluation loader shuffles, so that each epoch attacks other samples and numbers of "
-                "different epochs or "
-                "checkpoints cannot be compared; use shuffle=False.",
+                "the evaluation loader shuffles, so that each epoch attacks other samples and numbers of different "
+                "epochs or checkpoints cannot be compared; use shuffle=False.",
                 stacklevel=2,
             )
 

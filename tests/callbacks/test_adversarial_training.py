@@ -337,6 +337,14 @@ def test_trades_with_a_hand_written_loss_trains_on_the_same_gradient_and_one_mor
     assert counts == [2, 3]
 
 
+def test_beside_a_tuner_it_says_that_the_tuner_fits_clean_training(caplog: pytest.LogCaptureFixture) -> None:
+    tuner = type("LearningRateFinder", (pl.Callback,), {})()  # known by its name in both namespaces
+    with caplog.at_level("INFO", logger="lightning_robust"):
+        callbacks = [AdversarialTraining(PGD(THREAT, steps=1)), tuner]
+        zoo.trainer(max_steps=1, callbacks=callbacks).fit(zoo.built(zoo.ListBatch), zoo.loader(zoo.ListBatch))
+    assert "tuners run without callbacks" in caplog.text
+
+
 def test_bf16_mixed_trains_with_trades(recwarn: pytest.WarningsRecorder) -> None:
     module = zoo.built(Asymmetric)
     before = copy.deepcopy(module.state_dict())

@@ -205,11 +205,16 @@ def test_steps_that_make_tensors_of_their_own_are_measured_in_the_precision_of_t
     assert 0 <= validated(zoo.built(Making), RobustAccuracy(ATTACK), precision=precision)["robust/val/accuracy"] <= 1
 
 
-def test_what_a_network_cached_in_inference_mode_is_no_obstacle() -> None:
+@pytest.mark.parametrize("as_buffer", [False, True])
+def test_what_a_network_cached_in_inference_mode_is_no_obstacle(as_buffer: bool) -> None:
     class Caching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net, self.table = zoo.network(), None
+            self.net = zoo.network()
+            if as_buffer:
+                self.register_buffer("table", None)
+            else:
+                self.table = None
 
         def forward(self, x: Tensor) -> Tensor:
             if self.table is None:
