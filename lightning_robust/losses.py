@@ -113,6 +113,27 @@ class LossCall:
             return torch.stack([torch.log1p(-z.clamp(max=1 - 1e-7)), z.clamp_min(tiny).log()], dim=1)
         return z.log_softmax(1)
 
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Every single prediction by itself: pixels, labels and tokens of a sample are rows of their own.
+
+        Returns:
+            Log-probabilities ``(R, K)`` (two columns for a yes/no output), right classes ``(R,)``, and which sample each
+            row belongs to, ``(R,)``. Rows without a label (``ignore_index``) are left out.
+        """
+        log_p, labels = self.log_probabilities().movedim(1, -1), self.labels()
+        sample = torch.arange(len(log_p), device=log_p.device).view(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)
+        counted = self._counted().flatten()
+        return log_p.reshape(-1, log_p.shape[-1])[counted], labels.flatten()[counted], sample.flatten()[counted]
+
+    def scaled(self, temperature: float) -> LossCall:
+        """The same call with its probabilities at a temperature, ``softmax(z / T)``; the kind stays what it is."""
+        z = self.logits / temperature
+        if self.kind in ("nll_loss", "kl_div"):
+            z = z.log_softmax(1)
+        elif self.kind == "binary_cross_entropy":
+            z = (self.logits.float().logit(eps=1e-7) / temperature).sigmoid().to(self.logits.dtype)
+        return replace(self, logits=z)
+
     def predictions(self) -> Tensor:
         """Predicted classes, ``(N, ...)``; for yes/no outputs 0 or 1, shaped like the logits."""
         if self.kind == "binary_cross_entropy_with_logits":

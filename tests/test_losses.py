@@ -193,3 +193,36 @@ def test_the_usual_loss_of_a_head_follows_from_shapes(
 def test_a_head_without_a_usual_loss_is_an_error_with_both_shapes(given: Tensor, target: Tensor) -> None:
     with pytest.raises(ValueError, match=r"returned \(4, 3\) for targets \(4.*torch\.(float32|int64)"):
         LossCall.for_head(given, target)
+
+
+def test_rows_are_single_predictions_without_the_ignored_ones() -> None:
+    call = LossCall("cross_entropy", logits(4, 3, 2), DENSE, {"ignore_index": 0})
+    log_p, right, sample = call.rows()
+    expected = [
+        (call.logits[n, :, i].log_softmax(0), int(DENSE[n, i]), n) for n in range(4) for i in range(2) if DENSE[n, i]
+    ]
+    assert torch.allclose(log_p, torch.stack([row for row, _, _ in expected]))
+    assert right.tolist() == [label for _, label, _ in expected]
+    assert sample.tolist() == [n for _, _, n in expected]
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 3)])
+def test_rows_of_yes_no_outputs_have_two_columns(shape: tuple[int, ...]) -> None:
+    z, y = logits(*shape), yes_no(*shape)
+    log_p, right, sample = LossCall("binary_cross_entropy_with_logits", z, y).rows()
+    assert torch.allclose(log_p.exp()[:, 1], z.sigmoid().flatten())
+    assert right.tolist() == y.flatten().long().tolist()
+    assert sample.tolist() == [n for n in range(4) for _ in range(z[0].numel())]
+
+
+@pytest.mark.parametrize(
+    "kind", ["cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "binary_cross_entropy"]
+)
+def test_a_temperature_means_the_same_for_every_kind(kind: Any) -> None:
+    z = logits(5, 3)
+    given = {"nll_loss": z.log_softmax(1), "binary_cross_entropy": z.sigmoid()}.get(kind, z)
+    scaled = LossCall(kind, given, yes_no(5, 3) if kind.startswith("binary") else CLASSES).scaled(2.5)
+    expected = (z / 2.5).sigmoid() if kind.startswith("binary") else (z / 2.5).softmax(1)
+    observed = scaled.log_probabilities().exp()
+    assert torch.allclose(observed[:, 1] if kind.startswith("binary") else observed, expected, atol=1e-6)
+    assert scaled.kind == kind
