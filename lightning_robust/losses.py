@@ -86,6 +86,18 @@ class LossCall:
             "expected (N, K, ...) with integer classes (N, ...), or (N,), (N, 1) or (N, K) with 0/1 targets."
         )
 
+    def conformed(self, leaf: Tensor) -> Tensor | None:
+        """A tensor with as many numbers as this loss has targets, in their shape and type; None if the numbers differ.
+
+        Steps write ``y.float().unsqueeze(1)`` or ``y.view(-1)`` before they call their loss.
+        """
+        logits, target = self.logits, self.target
+        soft = self.binary or self.kind == "kl_div" or leaf.is_floating_point()
+        shape = logits.shape if soft else logits.shape[:1] + logits.shape[2:]
+        if leaf.numel() != shape.numel():
+            return None
+        return leaf.reshape(shape).to(target.dtype if soft == target.is_floating_point() else leaf.dtype)
+
     @property
     def binary(self) -> bool:
         """Whether each logit stands for a yes/no of its own (one output, or multi-label)."""
@@ -94,6 +106,10 @@ class LossCall:
     def again(self, logits: Tensor) -> LossCall:
         """The same loss for other logits."""
         return replace(self, logits=logits)
+
+    def detached(self) -> LossCall:
+        """The same call with copies of its tensors that have no graph."""
+        return replace(self, logits=self.logits.detach().clone(), target=self.target.detach().clone())
 
     def per_sample(self) -> Tensor:
         """The loss of each sample, ``(N,)``, in float32 and differentiable; pixels or labels of a sample are summed."""
@@ -117,8 +133,8 @@ class LossCall:
         """Every single prediction by itself: pixels, labels and tokens of a sample are rows of their own.
 
         Returns:
-            Log-probabilities ``(R, K)`` (two columns for a yes/no output), right classes ``(R,)``, and which sample each
-            row belongs to, ``(R,)``. Rows without a label (``ignore_index``) are left out.
+            Log-probabilities ``(R, K)`` (two columns for a yes/no output), right classes ``(R,)``, and the sample that
+            each row belongs to, ``(R,)``. Rows without a label (``ignore_index``) are left out.
         """
         log_p, labels = self.log_probabilities().movedim(1, -1), self.labels()
         sample = torch.arange(len(log_p), device=log_p.device).view(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)

@@ -66,6 +66,7 @@ class RobustCallback(_Callback):
         self.name = name
         self.probe = probe
         self._undo: list[Callable[[], None]] = []
+        self._recalled = False
 
     @property
     def state_key(self) -> str:
@@ -109,6 +110,10 @@ class RobustCallback(_Callback):
                     f"two {type(self).__name__} callbacks would both write {self.area}/...; give one of them a name, "
                     f"e.g. name='strong', which makes its keys {self.area}.strong/..."
                 )
+        self._recalled = False
+        # Who reads alike shares what is found, so that it is found once a run, not once a callback.
+        ours = (c.probe for c in trainer.callbacks if isinstance(c, RobustCallback))
+        self.probe = next((probe for probe in ours if probe.overrides == self.probe.overrides), self.probe)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._detach()  # a second fit, or one after a crash in somebody else's hook
@@ -135,11 +140,33 @@ class RobustCallback(_Callback):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         try:
-            routes = read_entry(checkpoint).get("route", {})
+            self._restore(read_entry(checkpoint))
         except KeyError:
             return  # saved by a run without us: nothing is known beforehand
-        for step, route in routes.items():
+
+    def recall(self, trainer: Any) -> None:
+        """Take over what the checkpoint of this run says; Lightning does not hand weights-only ones to callbacks."""
+        if self._recalled or not trainer.ckpt_path:
+            return
+        self._recalled = True
+        try:
+            entry = read_entry(trainer.ckpt_path)
+        except KeyError:
+            return  # saved by a run without us
+        except Exception as error:  # a checkpoint of any make: what Lightning can load must not fail here
+            why = f"nothing read from {trainer.ckpt_path} ({type(error).__name__}); finding it anew"
+            self.say(trainer, f"{type(self).__name__}: {why}.")
+            return
+        self._restore(entry)
+
+    def restore(self, entry: Mapping[str, Any]) -> None:
+        """Take over what this callback wrote into a checkpoint; for subclasses."""
+
+    def _restore(self, entry: Mapping[str, Any]) -> None:
+        self._recalled = True
+        for step, route in entry.get("route", {}).items():
             self.probe.routes.setdefault(step, Route.from_dict(route))
+        self.restore(entry)
 
     def _detach(self) -> None:
         with ExitStack() as stack:  # runs all, also if one raises

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Path", "as_path", "described", "get", "leaves", "rebuilt", "shown"]
+__all__ = ["Path", "as_path", "described", "get", "leaves", "rebuilt", "resized", "shown"]
 
 Path = tuple[str | int, ...]
 """Where a leaf is: keys, indices and attribute names from the batch inwards. A bare tensor has the path ``()``."""
@@ -121,6 +121,32 @@ def _rebuilt(
     for name, child in children.items():
         object.__setattr__(fresh, str(name), child)  # also where the dataclass is frozen
     return fresh
+
+
+def resized(batch: Any, n: int, wanted: int) -> Any:
+    """A batch of ``n`` samples as one of ``wanted``: samples are left out at the end, or repeated from the start.
+
+    What has no ``n`` rows (a scalar, a shared mask) stays as it is.
+
+    Example:
+        >>> resized({"x": torch.tensor([1, 2, 3]), "scale": 2.0}, 3, 5)
+        {'x': tensor([1, 2, 3, 1, 2]), 'scale': 2.0}
+    """
+
+    def rows(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == n:
+            return leaf[torch.arange(wanted, device=leaf.device) % n]
+        return leaf
+
+    def lists(node: Any) -> Any:
+        # Names, ids and other things that are no tensors come as lists with one entry a sample.
+        if isinstance(node, (list, tuple)) and len(node) == n and not any(isinstance(v, (Tensor, list)) for v in node):
+            return [node[i % n] for i in range(wanted)]
+        return node
+
+    replace = {path[:-1]: lists(get(batch, path[:-1])) for path, _ in leaves(batch) if path and path[-1] == n - 1}
+    changed = {path: node for path, node in replace.items() if len(node) == wanted and path}
+    return rebuilt(batch, changed, rows)
 
 
 def shown(path: Path) -> str:

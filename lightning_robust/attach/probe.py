@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_robust.attach.batches import Path, as_path, described, get, leaves, rebuilt, shown
 from lightning_robust.attach.reading import Reading, copied
-from lightning_robust.attach.route import Route, outputs_into, producer_of, target_of
+from lightning_robust.attach.route import Route, call_at, outputs_into, producer_of, target_of
 from lightning_robust.attach.step import Step, defines
 from lightning_robust.attach.watcher import LossWatcher, ProbeError, Stop, quiet, run_until_stop
 from lightning_robust.losses import LOSSES, LossCall
@@ -57,6 +57,11 @@ class Probe:
         self._stand_ins: dict[str, str] = {}  # steps that cannot be read, and which one is read for them
 
     @property
+    def overrides(self) -> tuple[Any, ...]:
+        """What the user said; probes that were told the same find the same."""
+        return self.input_path, self.target_path, self.logits_fn, self.loss_index
+
+    @property
     def overridden(self) -> bool:
         """Whether the user said where targets are."""
         return self.target_path is not None
@@ -84,11 +89,14 @@ class Probe:
             ProbeError: If the step cannot be read.
         """
         self._forget_others(step.module)
-        route = self.routes.get(step.name)
-        if route is None or not self._fits(route, step.batch):
-            route = self.discover(step)
+        route = self.route(step)
         with quiet(step.module, training, keep_buffers) as now:
             yield Reading(self, route, step, state or now)
+
+    def route(self, step: Step) -> Route:
+        """The route of a step, found now if it is not known or its batch is of another make."""
+        known = self.routes.get(step.name)
+        return known if known is not None and self._fits(known, step.batch) else self.discover(step)
 
     @staticmethod
     def _fits(route: Route, batch: Any) -> bool:
@@ -141,7 +149,8 @@ class Probe:
             found.append(output)
             raise Stop
 
-        handle = step.module.get_submodule(route.module or "").register_forward_hook(stop)
+        # Before other hooks: somebody's may divide the logits by a temperature.
+        handle = step.module.get_submodule(route.module or "").register_forward_hook(stop, prepend=True)
         try:
             run_until_stop(step, None)
         finally:
@@ -156,7 +165,7 @@ class Probe:
             raise ProbeError(
                 f"{step.name} computes no loss, so its targets are unknown: say where they are with target_key=."
             )
-        return LossCall(route.kind, found[0], get(step.batch, target))  # type: ignore[arg-type]  # a kind, stored as text
+        return call_at(route, found[0], get(step.batch, target))
 
     # -- discovery -----------------------------------------------------------------------------------------------
 
@@ -193,8 +202,11 @@ class Probe:
             with outputs_into(outputs, step.module):
                 call = self.call(step.with_batch(fed), Route(step.name, (), None, ""))
             path = self._input_of(call, inputs, step)
-            target = self.target_path or target_of(call.target, batch, fed)
-            route = Route(step.name, path, target, call.kind, producer_of(call.logits, outputs))
+            target, cast = (self.target_path, True) if self.target_path else target_of(call, batch, fed)
+            module = producer_of(call.logits, outputs)
+            same = module is None or outputs[module][0].shape == call.logits.shape
+            shape = None if same else tuple(call.logits.shape[1:])
+            route = Route(step.name, path, target, call.kind, module, shape=shape, cast=cast)
         self.routes[step.name] = route
         return route
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_robust.attach.batches import get, rebuilt, shown
+from lightning_robust.attach.batches import get, rebuilt, resized, shown
 from lightning_robust.attach.route import Route
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import ProbeError
@@ -40,7 +40,7 @@ class Reading:
     def found(self) -> str:
         """What was found, for the user to check."""
         route = self._route
-        target = "made by the step" if route.target is None else shown(route.target)
+        target = "made by the step" if route.target is None else shown(route.target) + " (cast)" * route.cast
         source = "" if route.module is None else f" from {route.module or 'forward'!r}"
         return f"input {shown(route.input)} {tuple(self.x.shape)}, targets {target}, {route.kind}{source}"
 
@@ -50,7 +50,7 @@ class Reading:
         if self.call is None:
             path = self._route.target
             leaf = None if path is None else get(self._step.batch, path)
-            if isinstance(leaf, Tensor) and not self._probe.overridden:
+            if isinstance(leaf, Tensor) and not self._probe.overridden and not self._route.cast:
                 return leaf
             with torch.no_grad():
                 self.read(self.x)
@@ -71,8 +71,10 @@ class Reading:
         return call
 
     def _read(self, x: Tensor) -> LossCall:
+        # Another number of inputs (a probe set, steps of a path integral) travels in a template of that many samples.
+        template = self._step.batch if len(x) == len(self.x) else resized(self._step.batch, len(self.x), len(x))
         # Copies, since steps may write into their batch; of x as well, since a leaf must not be written to.
-        batch = rebuilt(self._step.batch, {self._route.input: x.clone()}, copied)
+        batch = rebuilt(template, {self._route.input: x.clone()}, copied)
         self.call = self._probe.call(self._step.with_batch(batch), self._route)
         return self.call
 

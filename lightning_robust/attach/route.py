@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_robust.attach.batches import Path, get, leaves
+from lightning_robust.losses import LossCall
 
-__all__ = ["Route", "outputs_into", "producer_of", "target_of"]
+__all__ = ["Route", "call_at", "outputs_into", "producer_of", "target_of"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Route:
         kind: The loss that was called.
         module: Name of the submodule whose output is the logits, if there is one (``""`` is the module itself).
         stop_at_module: Stop at that module's output instead of at a loss (steps that compute none).
+        shape: What follows the first dimension of the logits, where the loss gets another view of the module's output.
+        cast: Whether the step gives its target another shape or type (``y.float().unsqueeze(1)``).
     """
 
     step: str
@@ -34,17 +37,30 @@ class Route:
     kind: str
     module: str | None = None
     stop_at_module: bool = False
+    shape: tuple[int, ...] | None = None
+    cast: bool = False
+
+    def logits_from(self, output: Tensor) -> Tensor:
+        """The logits as the loss gets them, from the module's output."""
+        return output if self.shape is None else output.reshape(-1, *self.shape)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and strings, for checkpoints."""
-        plain = asdict(self)
-        return {**plain, "input": list(self.input), "target": None if self.target is None else list(self.target)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Route:
         """The inverse of :meth:`to_dict`."""
-        target = plain["target"]
-        return cls(**{**plain, "input": tuple(plain["input"]), "target": None if target is None else tuple(target)})
+        known = {f.name for f in fields(cls)}  # a later version may have written more
+        given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in plain.items() if n in known}
+        return cls(**given)
+
+
+def call_at(route: Route, output: Tensor, leaf: Any) -> LossCall:
+    """The loss call that a step makes (or would make) of its module's output and a leaf of its batch."""
+    call = LossCall(route.kind, route.logits_from(output), leaf)  # type: ignore[arg-type]  # a kind, stored as text
+    conformed = call.conformed(leaf) if isinstance(leaf, Tensor) else None
+    return call if conformed is None else replace(call, target=conformed)
 
 
 @contextmanager
@@ -76,15 +92,17 @@ def producer_of(logits: Tensor, outputs: dict[str, list[Tensor]]) -> str | None:
         shares = (
             output.data_ptr() == logits.data_ptr() and output.numel() == logits.numel() and output.dtype == logits.dtype
         )
-        return output is logits or shares
+        # Shared memory may also be read in another order (a transposed view): that is not the same numbers.
+        return output is logits or (shares and torch.equal(output.reshape(logits.shape), logits))
 
     # Hooks of inner modules fire first, so the last match encloses the others.
     matches = [name for name, seen in outputs.items() if len(seen) == 1 and same(seen[0])]
     return max(matches, key=lambda name: (name != "", matches.index(name)), default=None)
 
 
-def target_of(target: Tensor, batch: Any, fed: Any) -> Path | None:
-    """Where in the batch the loss's target is, if it is a leaf as it stands."""
+def target_of(call: LossCall, batch: Any, fed: Any) -> tuple[Path | None, bool]:
+    """Where in the batch the loss's target is, and whether the step casts it; ``(None, False)`` if it makes its own."""
+    target = call.target
     for path, leaf in leaves(fed):
         if (
             isinstance(leaf, Tensor)
@@ -93,5 +111,14 @@ def target_of(target: Tensor, batch: Any, fed: Any) -> Path | None:
         ):
             original = get(batch, path)
             if original.dtype == target.dtype and torch.equal(original, target.detach()):
-                return path
-    return None
+                return path, False
+    with torch.no_grad():
+        cast = [path for path, leaf in leaves(batch) if isinstance(leaf, Tensor) and _becomes(leaf, call)]
+    return (cast[0], True) if len(cast) == 1 else (None, False)
+
+
+def _becomes(leaf: Tensor, call: LossCall) -> bool:
+    conformed = call.conformed(leaf)
+    return (
+        conformed is not None and conformed.dtype == call.target.dtype and torch.equal(conformed, call.target.detach())
+    )

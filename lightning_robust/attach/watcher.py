@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_robust.losses import LOSSES, LossCall
 from lightning_robust.modes import frozen
 from lightning_robust.randomness import RandomState
 
-__all__ = ["LossWatcher", "ProbeError", "Stop", "quiet", "run_until_stop"]
+__all__ = ["LossWatcher", "ProbeError", "Stop", "is_unheard", "quiet", "run_until_stop", "unheard"]
 
 _TORCH = str(Path(torch.__file__).parent)
 # Where a loss is written by hand, the logits went through one of these.
@@ -45,20 +46,24 @@ class LossWatcher(TorchFunctionMode):
     Args:
         index: Which loss call is wanted, 0 for the first.
         stop: End the step there.
+        detach: Keep copies without a graph, which what follows in the step cannot change.
     """
 
-    def __init__(self, index: int = 0, *, stop: bool = False) -> None:
+    def __init__(self, index: int = 0, *, stop: bool = False, detach: bool = False) -> None:
         super().__init__()
-        self.index, self.stop = index, stop
+        self.index, self.stop, self.detach = index, stop, detach
         self.count = 0
         self.call: LossCall | None = None
         self.hint: str | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _UNHEARD.get() and not self.stop:
+            return func(*args, **kwargs)
         if func in LOSSES:
             if self.count == self.index:
-                self.call = LossCall.from_arguments(func, args, kwargs)
+                call = LossCall.from_arguments(func, args, kwargs)
+                self.call = call.detached() if self.detach else call
                 if self.stop:
                     raise Stop
             self.count += 1
@@ -78,10 +83,28 @@ def _place() -> str:
     return f"in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
 
 
+_UNHEARD: ContextVar[bool] = ContextVar("_UNHEARD", default=False)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What runs inside is ours: nobody who listens to the user's step takes it for that step."""
+    token = _UNHEARD.set(True)
+    try:
+        yield
+    finally:
+        _UNHEARD.reset(token)
+
+
+def is_unheard() -> bool:
+    """Whether something of ours is running."""
+    return _UNHEARD.get()
+
+
 @contextmanager
 def quiet(module: nn.Module, training: bool | None, keep_buffers: bool) -> Iterator[RandomState]:
     """The module frozen, its ``log`` calls muted and its ``manual_backward`` fenced."""
-    with frozen(module, training=training, keep_buffers=keep_buffers) as state:
+    with unheard(), frozen(module, training=training, keep_buffers=keep_buffers) as state:
         for part in module.modules():
             if hasattr(type(part), "log_dict"):  # this module, and LightningModules inside of it
                 # Restored with all other attributes by `frozen`.

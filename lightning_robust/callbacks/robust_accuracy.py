@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler
 
-from lightning_robust.attach.base import RobustCallback
-from lightning_robust.attach.checkpoint import pack_bits, read_entry
-from lightning_robust.attach.loaders import evaluation_loaders, true_length
+from lightning_robust.attach.checkpoint import pack_bits
+from lightning_robust.attach.loaders import evaluation_loaders
+from lightning_robust.attach.monitor import Monitor, suffixes
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.reading import Reading
-from lightning_robust.attach.route import Route
+from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.attacks import NFGSM, PGD, guard
 from lightning_robust.losses import LossCall
@@ -28,7 +28,7 @@ from lightning_robust.randomness import seeded
 __all__ = ["RobustAccuracy"]
 
 
-class RobustAccuracy(RobustCallback):
+class RobustAccuracy(Monitor):
     """How often the model is right, and how often it stays right under attack.
 
     Both numbers are about the same samples: the first ``max_samples`` of each loader, the same in every epoch. A sample
@@ -82,7 +82,7 @@ class RobustAccuracy(RobustCallback):
         loss_index: int = 0,
         name: str | None = None,
     ) -> None:
-        super().__init__("robust", name, Probe(input_key, target_key, logits_fn, loss_index))
+        super().__init__("robust", name, Probe(input_key, target_key, logits_fn, loss_index), stages)
         self.attacks = _named(attacks)
         if max_samples < 1 or examples < 0:
             raise ValueError(
@@ -94,19 +94,11 @@ class RobustAccuracy(RobustCallback):
                 "model.",
                 stacklevel=2,
             )
-        if not stages or not set(stages) <= {"val", "test"}:
-            raise ValueError(f"stages= takes 'val', 'test' or both, got {stages!r}.")
-        self.stages = tuple(stages)
         self.max_samples, self.examples, self.seed = max_samples, examples, seed
         self._entry: dict[str, Any] = {}
         self._scores: dict[int, SampleScores] = {}
-        self._seen: dict[int, int] = {}
         self._pictures: list[tuple[Tensor, ...]] = []
         self._checked = False
-
-    @property
-    def state_key(self) -> str:
-        return f"{super().state_key}{self.stages}"
 
     def section(self) -> Mapping[str, Any]:
         return {self.area: self._entry} if self._entry else {}
@@ -114,89 +106,45 @@ class RobustAccuracy(RobustCallback):
     def settings(self) -> Mapping[str, Any]:
         return {**self.attacks, "max_samples": self.max_samples, "stages": ", ".join(self.stages), "seed": self.seed}
 
-    # -- Lightning's hooks ---------------------------------------------------------------------------------------
-
-    def clashes(self, other: RobustCallback) -> bool:
-        return bool(set(self.stages) & set(getattr(other, "stages", self.stages)))
+    # -- when ----------------------------------------------------------------------------------------------------
 
     def attach(self, trainer: Any, pl_module: Any) -> None:
         self._checked = False  # another fit may bring other data
 
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self._reset()
+    def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._scores, self._pictures = {}, []
 
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self._reset()
-
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if "val" in self.stages and not trainer.sanity_checking:
-            self._measure(trainer, pl_module, ("validation_step",), batch, batch_idx, dataloader_idx)
-
-    def on_test_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if "test" in self.stages:
-            self._measure(trainer, pl_module, ("test_step", "validation_step"), batch, batch_idx, dataloader_idx)
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if "val" in self.stages and not trainer.sanity_checking:
-            self._finish(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if "test" in self.stages:
-            self._finish(trainer, pl_module, "test")
+    def before(self, trainer: Any, step: Step, batch_idx: int, loader: int, stage: str) -> None:
+        scores = self._scores.setdefault(loader, self._empty())
+        index = self.listener.index
+        keep = self.listener.counts & (index < self.max_samples)
+        if not bool(keep.any()):
+            return
+        # The precision of the run, except for autocast: robust accuracy in half precision is no robust accuracy.
+        precision = trainer.precision_plugin
+        context = precision.test_step_context() if stage == "test" else precision.val_step_context()
+        no_autocast = torch.autocast(trainer.strategy.root_device.type, enabled=False)
+        with context, no_autocast, self.probe.reading(step) as reading:
+            if not self._checked:
+                self._first_batch(trainer, reading, loader)
+            self._measure(reading, scores, index, keep, pictures=loader == 0 and trainer.is_global_zero)
 
     # -- one batch -----------------------------------------------------------------------------------------------
 
     def _empty(self) -> SampleScores:
         return SampleScores(list(self.attacks), self.max_samples)
 
-    def _reset(self) -> None:
-        self._scores, self._seen, self._pictures = {}, {}, []
-
-    # Not only the attack: our own tables too must be ordinary tensors, also under Trainer.test.
-    @torch.inference_mode(False)
-    def _measure(
-        self, trainer: Any, pl_module: Any, steps: tuple[str, ...], batch: Any, batch_idx: int, loader: int
-    ) -> None:
-        world, rank = trainer.world_size, trainer.global_rank
-        if loader not in self._scores:
-            self._scores[loader], self._seen[loader] = self._empty(), 0
-        if self._seen[loader] * world + rank >= self.max_samples:
-            return
-        several = len(evaluation_loaders(trainer)) > 1
-        args = (batch, batch_idx, loader) if several else (batch, batch_idx)
-        self._recall_route(trainer)
-        # The precision of the run, except for autocast: robust accuracy in half precision is no robust accuracy.
-        precision = trainer.precision_plugin
-        context = precision.test_step_context() if trainer.testing else precision.val_step_context()
-        with context, torch.autocast(pl_module.device.type, enabled=False):
-            step = self.probe.for_evaluation(pl_module, steps, *args)
-            with self.probe.reading(step) as reading:
-                self._measure_reading(trainer, reading, loader, world, rank)
-
-    def _measure_reading(self, trainer: Any, reading: Reading, loader: int, world: int, rank: int) -> None:
-        n = len(reading.x)
-        # A distributed sampler deals samples like cards: rank, rank + world, ...
-        index = (self._seen[loader] + torch.arange(n)) * world + rank
-        self._seen[loader] += n
-        keep = index < min(self.max_samples, true_length(evaluation_loaders(trainer)[loader][1], world))
-        if not bool(keep.any()):
-            return
-        if not self._checked:
-            self._first_batch(trainer, reading, loader)
+    def _measure(self, reading: Reading, scores: SampleScores, index: Tensor, keep: Tensor, pictures: bool) -> None:
         with torch.no_grad():
             clean = reading.read(reading.x)
         if clean.logits.shape[:1] != reading.x.shape[:1]:
             raise ProbeError(
-                f"the loss gets {clean.logits.shape[0] if clean.logits.ndim else 'no'} rows for a batch of {n} "
+                f"the loss gets {clean.logits.shape[0] if clean.logits.ndim else 'no'} rows for a batch of {len(reading.x)} "
                 f"samples, so that rows cannot be told apart by sample. Give logits_fn= that returns (N, K, ...) "
                 f"and target_key=."
             )
         keep &= clean.counted().cpu()
-        scores, kept = self._scores[loader], index[keep]
+        kept = index[keep]
         scores.add_clean(kept, clean.correct().cpu()[keep], reading.x[keep.to(reading.x.device)])
         for name, attack in self.attacks.items():
             if isinstance(attack, (PGD, NFGSM)):
@@ -209,8 +157,7 @@ class RobustAccuracy(RobustCallback):
             with torch.no_grad():
                 attacked = reading.read(perturbed)
             scores.add_attack(name, kept, attacked.correct().cpu()[keep])
-            wanted = name == next(iter(self.attacks)) and loader == 0 and trainer.is_global_zero
-            if wanted and len(self._pictures) < self.examples:
+            if pictures and name == next(iter(self.attacks)) and len(self._pictures) < self.examples:
                 self._keep_pictures(self.attacks[name], reading.x, perturbed, clean, attacked)
 
     def _keep_pictures(self, attack: Any, x: Tensor, perturbed: Tensor, clean: LossCall, attacked: LossCall) -> None:
@@ -228,15 +175,13 @@ class RobustAccuracy(RobustCallback):
 
     # -- one epoch -----------------------------------------------------------------------------------------------
 
-    def _finish(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        loaders = evaluation_loaders(trainer)
-        for loader in sorted(self._scores) if trainer.world_size == 1 else range(len(loaders)):
+    def finish(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # Every process goes through all loaders: what is summed must be summed by all of them.
+        for loader, suffix in enumerate(suffixes(trainer)):
             scores = self._scores.get(loader) or self._empty()
-            if trainer.world_size > 1:
-                scores.load(trainer.strategy.reduce(scores.state().to(pl_module.device), reduce_op="sum"))
+            scores.load(self.summed(trainer, pl_module, scores.state()))
             if not scores.n:
                 continue
-            suffix = "" if loader == 0 else f"/{loaders[loader][0]}"
             for metric, share in scores.accuracies().items():
                 key = self.key(stage, metric) + suffix
                 # Equal on all processes already; sync_dist tells Lightning that this was thought of.
@@ -244,7 +189,7 @@ class RobustAccuracy(RobustCallback):
             if loader == 0 and stage == "val":
                 self._entry = self._record(scores)
         self._show_pictures(trainer, stage)
-        self._reset()
+        self._scores, self._pictures = {}, []
 
     def _record(self, scores: SampleScores) -> dict[str, Any]:
         accuracies = scores.accuracies()
@@ -275,23 +220,7 @@ class RobustAccuracy(RobustCallback):
             if hasattr(getattr(logger, "experiment", None), "add_image"):
                 logger.experiment.add_image(self.key(stage, "examples"), picture, trainer.global_step)
 
-    # -- the first batch, and routes from elsewhere --------------------------------------------------------------
-
-    def _recall_route(self, trainer: Any) -> None:
-        """Routes of a checkpoint: Lightning does not hand weights-only ones to callbacks."""
-        if self.probe.routes or not trainer.ckpt_path:
-            return
-        try:
-            stored = read_entry(trainer.ckpt_path).get("route", {})
-        except KeyError:
-            return  # saved by a run without us
-        except Exception as error:  # a checkpoint of any make: what Lightning can load must not fail here
-            self.say(
-                trainer,
-                f"RobustAccuracy: no route read from {trainer.ckpt_path} ({type(error).__name__}); finding it anew.",
-            )
-            return
-        self.probe.routes.update({step: Route.from_dict(route) for step, route in stored.items()})
+    # -- the first batch -----------------------------------------------------------------------------------------
 
     def _first_batch(self, trainer: Any, reading: Reading, loader: int) -> None:
         self._checked = True

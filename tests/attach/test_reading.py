@@ -42,7 +42,19 @@ def test_a_target_that_the_step_makes_is_read_once() -> None:
     with Probe().reading(step_of(zoo.OneLogitBinary)) as reading:
         assert reading.y.shape == (8, 1)
         assert reading.y is reading.y
-        assert "targets made by the step, binary_cross_entropy_with_logits from 'net'" in reading.found
+        assert "targets batch[1] (cast), binary_cross_entropy_with_logits from 'net'" in reading.found
+    with Probe().reading(step_of(zoo.NumpyMixup)) as reading:
+        assert reading.y.shape == (8, 10)
+        assert "targets made by the step" in reading.found
+
+
+def test_another_number_of_inputs_travels_in_a_resized_template() -> None:
+    step = step_of(zoo.DictBatchWithExtras)
+    with Probe().reading(step) as reading, torch.no_grad():
+        few, many = reading.logits(zoo.images(3)), reading.logits(zoo.images(19))
+    expected = step.module.net.eval()(zoo.images(19))
+    assert torch.allclose(many, expected, atol=1e-6)
+    assert few.shape == (3, 10)
 
 
 def test_the_fed_batch_is_new_and_the_rest_of_it_is_not() -> None:

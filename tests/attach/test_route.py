@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_robust.attach.route import Route, outputs_into, producer_of, target_of
+from lightning_robust.losses import LossCall
 
 
 class Net(nn.Module):
@@ -49,20 +53,38 @@ def test_a_flat_network_is_its_own_producer() -> None:
     assert producer(nn.Linear(4, 2), lambda net: net(X)) == ""
 
 
-def test_a_target_is_a_leaf_only_as_it_stands() -> None:
+def target(loss_kind: Any, target: Tensor, batch: Any, fed: Any, logits: Tensor | None = None) -> Any:
+    return target_of(LossCall(loss_kind, torch.zeros(3, 4) if logits is None else logits, target), batch, fed)
+
+
+def test_a_target_is_a_leaf_as_it_stands() -> None:
     batch = {"x": X, "y": torch.arange(3)}
     fed = {"x": X.clone(), "y": torch.arange(3)}
-    assert target_of(fed["y"], batch, fed) == ("y",)
-    assert target_of(fed["y"].view(3), batch, fed) == ("y",)
-    assert target_of(fed["y"].float(), batch, fed) is None
-    assert target_of(fed["y"] + 0, batch, fed) is None
+    assert target("cross_entropy", fed["y"], batch, fed) == (("y",), False)
+    assert target("cross_entropy", fed["y"].view(3), batch, fed) == (("y",), False)
+    assert target("cross_entropy", fed["y"] + 1, batch, fed) == (None, False)
     fed["y"].add_(1)  # a step that shifts its labels in place
-    assert target_of(fed["y"], batch, fed) is None
+    assert target("cross_entropy", fed["y"], batch, fed) == (None, False)
+
+
+@pytest.mark.parametrize("cast", [lambda y: y.float().unsqueeze(1), lambda y: y[:, None].double()])
+def test_a_target_may_be_a_leaf_in_another_shape_and_type(cast: Callable[[Tensor], Tensor]) -> None:
+    batch = {"x": X, "y": torch.tensor([0, 1, 1]), "id": torch.arange(3)}
+    kind = "binary_cross_entropy_with_logits"
+    assert target(kind, cast(batch["y"]), batch, batch, torch.zeros(3, 1)) == (("y",), True)
+    assert target(kind, cast(batch["y"]), {**batch, "twin": batch["y"]}, batch, torch.zeros(3, 1)) == (None, False)
+    assert target(kind, 1 - cast(batch["y"]), batch, batch, torch.zeros(3, 1)) == (None, False)
+
+
+def test_a_transposed_view_is_not_the_modules_output() -> None:
+    net = nn.Sequential(nn.Linear(4, 3))
+    assert producer(net, lambda net: net(X).t()) is None  # 3 x 3: the shapes agree, the numbers do not
+    assert producer(net, lambda net: net(X)[:, :, None]) == "0"
 
 
 @pytest.mark.parametrize("target", [None, (1, "label")])
 def test_a_route_is_plain_data_and_comes_back(target: tuple[int, str] | None) -> None:
-    route = Route("training_step", (0, "image"), target, "nll_loss", "net.head", stop_at_module=True)
+    route = Route("training_step", (0, "image"), target, "nll_loss", "net.head", True, (3,), True)
     plain = route.to_dict()
     assert plain["input"] == [0, "image"]
     assert Route.from_dict(plain) == route

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_robust import PGD, PixelSpace, RobustAccuracy, ThreatModel, read_entry
 from lightning_robust.attach.checkpoint import unpack_bits
+from lightning_robust.attach.watcher import ProbeError
 
 THREAT = ThreatModel("linf", 0.05)
 
@@ -309,3 +310,17 @@ def test_bad_settings_are_refused_at_once(
 ) -> None:
     with pytest.raises(error, match=says):
         RobustAccuracy(attacks, **settings)
+
+
+class Tokens(zoo.Shape):
+    """One label a row of the picture, flattened before the loss."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        F.cross_entropy(self.net(x).view(-1, 5), y.repeat_interleave(2) % 5)
+
+
+def test_rows_that_belong_to_no_single_sample_are_an_error_that_says_so() -> None:
+    trainer = zoo.trainer(callbacks=[RobustAccuracy(PGD(THREAT, steps=1))])
+    with pytest.raises(ProbeError, match="gets 32 rows for a batch of 16 samples"):
+        trainer.validate(zoo.built(Tokens), data(), verbose=False)

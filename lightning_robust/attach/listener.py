@@ -1,0 +1,145 @@
+"""Hears the logits and targets of an evaluation step while Lightning runs it: no second forward, nothing changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_robust.attach.batches import get
+from lightning_robust.attach.loaders import evaluation_loaders, true_length
+from lightning_robust.attach.probe import Probe
+from lightning_robust.attach.reading import copied
+from lightning_robust.attach.route import Route, call_at
+from lightning_robust.attach.step import Step
+from lightning_robust.attach.watcher import LossWatcher, is_unheard
+from lightning_robust.losses import LossCall
+
+__all__ = ["STEPS", "Heard", "Listener"]
+
+STEPS = {"val": ("validation_step",), "test": ("test_step", "validation_step")}
+"""Which step is read in which stage, the first that the user wrote."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What one evaluation batch said.
+
+    Attributes:
+        call: The loss call, its logits and targets as copies without a graph.
+        x: The input.
+        index: Number of each sample among all samples of its loader, ``(N,)``, over all processes.
+        counts: Whether a sample counts, ``(N,)``: a distributed sampler repeats some to deal evenly.
+    """
+
+    call: LossCall
+    x: Tensor
+    index: Tensor
+    counts: Tensor
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities ``(R, K)``, labels ``(R,)`` and sample numbers ``(R,)`` of all that counts."""
+        log_p, labels, sample = self.call.rows()
+        # A loss may get its rows flattened, several a sample (tokens).
+        each = max(1, len(self.call.logits) // max(1, len(self.x)))
+        sample = (sample // each).cpu()
+        kept = self.counts[sample]
+        on_device = kept.to(log_p.device)
+        return log_p[on_device], labels[on_device], self.index[sample[kept]]
+
+
+class Listener:
+    """Listens to one evaluation batch after the other; shared by all callbacks that read steps the same way.
+
+    The way to the logits is found once, on a copy of the first batch. From then on a forward hook reads them where they
+    are the output of a module and the target is a leaf of the batch; elsewhere the step's loss call is watched.
+
+    Attributes:
+        index: Number of each sample of the present batch among all samples of its loader, over all processes.
+        counts: Whether each of them counts: a distributed sampler repeats some to deal evenly.
+    """
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.index = self.counts = torch.zeros(0)
+        self._open: tuple[int, int] | None = None  # batch and loader that is listened to
+        self._step: Step | None = None
+        self._seen: dict[int, int] = {}
+        self._end = ExitStack()
+        self._hear: Callable[[], LossCall | None] | None = None
+        self._heard: Heard | None = None
+
+    def reset(self) -> None:
+        """Count samples from 0 again."""
+        self.close()
+        self._seen = {}
+
+    def close(self) -> None:
+        """Let go of the module; safe to call at any time."""
+        self._end.close()
+        self._open = self._step = self._hear = self._heard = None
+
+    def start(self, trainer: Any, module: nn.Module, stage: str, batch: Any, batch_idx: int, loader: int) -> Step:
+        """Listen to the step that Lightning is about to run on ``batch``; a second call for a batch does nothing.
+
+        Raises:
+            ProbeError: If no logits can be read in this step.
+        """
+        if self._open == (batch_idx, loader) and self._step is not None:
+            return self._step
+        self.close()
+        several = len(evaluation_loaders(trainer)) > 1
+        args = (batch, batch_idx, loader) if several else (batch, batch_idx)
+        precision = trainer.precision_plugin
+        with precision.test_step_context() if stage == "test" else precision.val_step_context():
+            step = self.probe.for_evaluation(module, STEPS[stage], *args)
+            route = self.probe.route(step)
+        self._open, self._step, self._x = (batch_idx, loader), step, get(batch, route.input)
+        self.index, self.counts = self._numbers(trainer, loader, len(self._x))
+        self._hear = self._listen(step, route)
+        return step
+
+    def heard(self) -> Heard | None:
+        """What the step that has just ended said; None if it called no loss this time."""
+        if self._heard is None and self._hear is not None:
+            call = self._hear()
+            self._hear = None
+            self._end.close()
+            self._heard = None if call is None else Heard(call, self._x, self.index, self.counts)
+        return self._heard
+
+    def _numbers(self, trainer: Any, loader: int, n: int) -> tuple[Tensor, Tensor]:
+        world, rank = trainer.world_size, trainer.global_rank
+        # A distributed sampler deals samples like cards: rank, rank + world, ...
+        index = (self._seen.get(loader, 0) + torch.arange(n)) * world + rank
+        self._seen[loader] = self._seen.get(loader, 0) + n
+        return index, index < true_length(evaluation_loaders(trainer)[loader][1], world)
+
+    def _listen(self, step: Step, route: Route) -> Callable[[], LossCall | None]:
+        if route.module is None or route.target is None:
+            watcher = LossWatcher(self.probe.loss_index, detach=True)
+            self._end.enter_context(watcher)
+            return lambda: watcher.call
+        target = copied(get(step.batch, route.target))  # before the step writes into its batch
+        outputs: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            if not outputs and not is_unheard():
+                outputs.append(output.detach().clone())
+
+        # Before other hooks: somebody's may divide the logits by a temperature.
+        hook = step.module.get_submodule(route.module).register_forward_hook(keep, prepend=True)
+        self._end.callback(hook.remove)
+
+        def hear() -> LossCall:
+            if outputs:
+                return call_at(route, outputs[0], target)
+            # The user's step goes another way (another step stands in for it, or it is compiled): one more forward.
+            with self.probe.reading(step) as reading, torch.no_grad():
+                return reading.read(reading.x).detached()
+
+        return hear

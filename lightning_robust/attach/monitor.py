@@ -1,0 +1,175 @@
+"""What callbacks that measure in evaluation share: which batches, when, and on which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_robust.attach.base import RobustCallback
+from lightning_robust.attach.batches import rebuilt
+from lightning_robust.attach.listener import Heard, Listener
+from lightning_robust.attach.loaders import evaluation_loaders
+from lightning_robust.attach.probe import Probe
+from lightning_robust.attach.reading import copied
+from lightning_robust.attach.step import Step
+
+__all__ = ["Monitor", "suffixes"]
+
+
+class Monitor(RobustCallback):
+    """Hears every evaluation batch and logs at the end of the epoch; the training run does not change by a bit.
+
+    A subclass takes what it needs: :meth:`begin` before the first batch, :meth:`before` and :meth:`hear` around every
+    step, :meth:`last` on the last batch (forwards of ours belong between the first and the last batch: in
+    ``on_validation_epoch_end`` averaged weights have been swapped out again), :meth:`finish` to compute and log.
+
+    Args:
+        area: First part of the log keys.
+        name: Tells two callbacks of one class apart.
+        probe: How steps are read.
+        stages: ``"val"`` (in ``fit`` and ``validate``), ``"test"``, or both.
+    """
+
+    def __init__(self, area: str, name: str | None, probe: Probe, stages: Sequence[str]) -> None:
+        super().__init__(area, name, probe)
+        if isinstance(stages, str) or not stages or not set(stages) <= {"val", "test"}:
+            raise ValueError(f"stages= takes a list of 'val', 'test' or both, got {stages!r}.")
+        self.stages = tuple(stages)
+        self.listener = Listener(probe)
+        self._template: Step | None = None
+
+    @property
+    def state_key(self) -> str:
+        return f"{super().state_key}{self.stages}"
+
+    def clashes(self, other: RobustCallback) -> bool:
+        return bool(set(self.stages) & set(getattr(other, "stages", self.stages)))
+
+    # -- for subclasses ------------------------------------------------------------------------------------------
+
+    def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget the last epoch."""
+
+    def before(self, trainer: Any, step: Step, batch_idx: int, loader: int, stage: str) -> None:
+        """Before the user's step runs; ``step`` is the one that is read."""
+
+    def hear(self, trainer: Any, pl_module: Any, heard: Heard, loader: int, stage: str) -> None:
+        """After the user's step ran."""
+
+    def last(self, trainer: Any, template: Step, stage: str) -> None:
+        """After the last batch of the first loader, for other inputs, which travel in ``template``."""
+
+    def finish(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """After the last batch of all loaders: compute and log."""
+
+    def log_values(self, pl_module: Any, values: dict[str, float], n: int) -> None:
+        """Log what is equal on all processes already."""
+        for key, value in values.items():
+            pl_module.log(key, torch.tensor(value, dtype=torch.float32), sync_dist=True, batch_size=max(n, 1))
+
+    def summed(self, trainer: Any, pl_module: Any, state: Tensor) -> Tensor:
+        """A state of doubles, summed over all processes in one step."""
+        if trainer.world_size == 1:
+            return state
+        reduced: Tensor = trainer.strategy.reduce(state.to(pl_module.device), reduce_op="sum")
+        return reduced.cpu()
+
+    # -- Lightning's hooks ---------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        # Who reads alike listens together: the way to the logits is found once a run, not once a callback.
+        alike = (c for c in trainer.callbacks if isinstance(c, Monitor) and c.probe is self.probe)
+        self.listener = next(alike, self).listener
+        if self.listener.probe is not self.probe:
+            self.listener = Listener(self.probe)
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._begin(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._begin(trainer, pl_module, "test")
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._before(trainer, pl_module, batch, batch_idx, dataloader_idx, "val")
+
+    def on_test_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._before(trainer, pl_module, batch, batch_idx, dataloader_idx, "test")
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._after(trainer, pl_module, batch_idx, dataloader_idx, "val")
+
+    def on_test_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._after(trainer, pl_module, batch_idx, dataloader_idx, "test")
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._finish(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._finish(trainer, pl_module, "test")
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.listener.close()
+        super().on_exception(trainer, pl_module, exception)
+
+    # Our own tables are ordinary tensors, also under Trainer.test, which runs in inference mode.
+    @torch.inference_mode(False)
+    def _begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self._active(trainer, stage):
+            self.recall(trainer)
+            self.listener.reset()
+            self.begin(trainer, pl_module, stage)
+
+    @torch.inference_mode(False)
+    def _before(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, loader: int, stage: str) -> None:
+        if self._active(trainer, stage):
+            step = self.listener.start(trainer, pl_module, stage, batch, batch_idx, loader)
+            if self._template is None and type(self).last is not Monitor.last:
+                self._template = step.with_batch(rebuilt(batch, {}, copied))  # steps may write into their batch
+            self.before(trainer, step, batch_idx, loader, stage)
+
+    @torch.inference_mode(False)
+    def _after(self, trainer: Any, pl_module: Any, batch_idx: int, loader: int, stage: str) -> None:
+        if not self._active(trainer, stage):
+            return
+        heard = self.listener.heard()
+        if heard is not None:
+            with torch.no_grad():
+                self.hear(trainer, pl_module, heard, loader, stage)
+        if loader == 0 and batch_idx + 1 == _batches(trainer) and self._template is not None:
+            self.last(trainer, self._template, stage)
+            self._template = None
+
+    @torch.inference_mode(False)
+    def _finish(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self._active(trainer, stage):
+            self.listener.close()
+            if self._template is not None:  # nobody knew which batch was the last
+                self.last(trainer, self._template, stage)
+            with torch.no_grad():
+                self.finish(trainer, pl_module, stage)
+            self._template = None  # a batch is not held until the next epoch
+
+    def _active(self, trainer: Any, stage: str) -> bool:
+        return stage in self.stages and not trainer.sanity_checking
+
+
+def _batches(trainer: Any) -> float:
+    batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+    return float(batches[0]) if batches else float("inf")
+
+
+def suffixes(trainer: Any) -> list[str]:
+    """What is added to the keys of each loader: nothing for the first, the name or index for others."""
+    return ["" if i == 0 else f"/{name}" for i, (name, _) in enumerate(evaluation_loaders(trainer))]
