@@ -12,8 +12,15 @@ from lightning_robust._version import __version__
 
 if TYPE_CHECKING:
     from lightning_robust.attach.checkpoint import read_entry
+    from lightning_robust.attach.scaling import calibrated, load_temperature
     from lightning_robust.attacks import NFGSM, PGD, ThreatModel
-    from lightning_robust.callbacks import AdversarialTraining, RobustAccuracy
+    from lightning_robust.callbacks import (
+        AdversarialTraining,
+        CalibrationMonitor,
+        OODMonitor,
+        RobustAccuracy,
+        TemperatureScaling,
+    )
     from lightning_robust.modes import frozen
     from lightning_robust.pixels import PixelSpace
 
@@ -21,11 +28,16 @@ __all__ = [
     "NFGSM",
     "PGD",
     "AdversarialTraining",
+    "CalibrationMonitor",
+    "OODMonitor",
     "PixelSpace",
     "RobustAccuracy",
+    "TemperatureScaling",
     "ThreatModel",
     "__version__",
+    "calibrated",
     "frozen",
+    "load_temperature",
     "read_entry",
 ]
 
@@ -33,10 +45,15 @@ _HOME = {
     "NFGSM": "attacks",
     "PGD": "attacks",
     "AdversarialTraining": "callbacks",
+    "CalibrationMonitor": "callbacks",
+    "OODMonitor": "callbacks",
     "PixelSpace": "pixels",
     "RobustAccuracy": "callbacks",
+    "TemperatureScaling": "callbacks",
     "ThreatModel": "attacks",
+    "calibrated": "attach.scaling",
     "frozen": "modes",
+    "load_temperature": "attach.scaling",
     "read_entry": "attach.checkpoint",
 }
 

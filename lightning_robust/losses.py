@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_robust.attacks.objectives import margin
+from lightning_robust.ood.scores import two_class
 
 __all__ = ["LOSSES", "LossCall", "LossKind"]
 
@@ -140,6 +141,17 @@ class LossCall:
         sample = torch.arange(len(log_p), device=log_p.device).view(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)
         counted = self._counted().flatten()
         return log_p.reshape(-1, log_p.shape[-1])[counted], labels.flatten()[counted], sample.flatten()[counted]
+
+    def class_logits(self) -> Tensor | None:
+        """Logits ``(N, K)`` of one prediction a sample; None for pixels, several labels, and log-probabilities.
+
+        A yes/no output ``z`` is two classes, ``(-z/2, z/2)``.
+        """
+        z = self.logits.float()
+        if self.binary:
+            z = z.logit(eps=1e-7) if self.kind == "binary_cross_entropy" else z
+            return two_class(z) if z.ndim == 1 or z.shape[1:] == (1,) else None
+        return z if z.ndim == 2 and self.kind == "cross_entropy" else None
 
     def scaled(self, temperature: float) -> LossCall:
         """The same call with its probabilities at a temperature, ``softmax(z / T)``; the kind stays what it is."""

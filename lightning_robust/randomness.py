@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Noise", "RandomState", "normal", "reseed", "seeded", "uniform", "untouched_random_state"]
+__all__ = ["Noise", "RandomState", "normal", "priorities", "reseed", "seeded", "uniform", "untouched_random_state"]
 
 Noise = torch.Generator | Sequence[torch.Generator] | None
 """One generator for a batch, or one per sample (noise then does not depend on how samples are batched)."""
@@ -32,6 +32,29 @@ def seeded(*keys: int) -> torch.Generator:
     """
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def priorities(keys: Tensor, seed: int) -> Tensor:
+    """A number in [0, 1) for each integer key ``(N,)``, a function of (seed, key) alone; doubles on the CPU.
+
+    Whoever keeps the smallest ones draws a random sample that depends neither on order nor on who holds which keys.
+
+    Example:
+        >>> a = priorities(torch.arange(5), seed=0)
+        >>> torch.equal(a.flip(0), priorities(torch.arange(5).flip(0), seed=0))
+        True
+
+    References:
+        The mixing function is SplitMix64 (Steele, Lea and Flood, 2014, https://doi.org/10.1145/2660193.2660195).
+    """
+    digest = hashlib.blake2b(repr(seed).encode(), digest_size=8).digest()
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+        z = keys.cpu().numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = z + np.frombuffer(digest, dtype=np.uint64)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) / 2**53)
 
 
 def uniform(like: Tensor, noise: Noise = None) -> Tensor:

@@ -1,9 +1,24 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from lightning_robust.pictures import MIN_SIDE, TEXT_HEIGHT, attack_strips, captioned, table_of, to_rgb
+from lightning_robust.pictures import (
+    MIN_SIDE,
+    TEXT_HEIGHT,
+    attack_strips,
+    captioned,
+    diverging,
+    enlarged,
+    sequential,
+    table_of,
+    text_width,
+    to_rgb,
+    wrapped,
+    written,
+)
 
 BAND = TEXT_HEIGHT + 8
 
@@ -87,3 +102,68 @@ def test_the_largest_change_is_black_or_white_half_of_it_halfway_and_no_change_g
     assert [*middle[0, :3].tolist(), float(middle[5, 5])] == pytest.approx([1.0, 0.0, 0.75, 0.5])
     unchanged = attack_strips(clean, clean, zero, zero, zero, (0.0, 255.0))[0, BAND:, 118 : 118 + 112]
     assert bool((unchanged == 0.5).all())
+
+
+@pytest.mark.parametrize(("side", "shown"), [(8, 112), (57, 114), (96, 192), (111, 222), (112, 112), (300, 300)])
+def test_whatever_its_size_no_picture_is_too_small_to_be_seen(side: int, shown: int) -> None:
+    assert enlarged(torch.rand(1, 2, side, side // 2)).shape == (1, 2, shown, shown // side * (side // 2))
+
+
+def lightness(colours: torch.Tensor) -> torch.Tensor:
+    """L* of CIELAB, 0 to 100, from the sRGB values."""
+    linear = torch.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    y = (linear * torch.tensor([0.2126, 0.7152, 0.0722]).view(3, 1)).sum(0)
+    return torch.where(y > 0.008856, 116 * y ** (1 / 3) - 16, 903.3 * y)
+
+
+def test_more_is_brighter_all_the_way_and_in_even_steps() -> None:
+    light = lightness(sequential(torch.linspace(0, 1, 6)[None])[:, 0])
+    assert float(light[0]) < 5
+    assert float(light[-1]) > 90
+    steps = light.diff()
+    assert float(steps.min()) > 0.5 * float(steps.mean())
+    assert float(steps.max()) < 1.6 * float(steps.mean())
+    assert bool((lightness(sequential(torch.linspace(0, 1, 255)[None])[:, 0]).diff() > 0).all())
+
+
+def test_both_signs_are_equally_strong_colours_and_nothing_is_white() -> None:
+    colours = diverging(torch.linspace(-1, 1, 255)[None])[:, 0]
+    assert colours[:, 127].tolist() == pytest.approx([250 / 255] * 3)
+    assert bool((colours[2, :100] > colours[0, :100]).all())  # blue
+    assert bool((colours[0, 155:] > colours[2, 155:]).all())  # red
+    light = lightness(colours)
+    torch.testing.assert_close(light[:127], light[128:].flip(0), atol=8.0, rtol=0)
+
+
+@pytest.mark.parametrize("colours", [sequential, diverging])
+def test_colours_have_the_shape_of_what_they_show_and_stop_at_the_ends(colours: Callable[..., torch.Tensor]) -> None:
+    amounts = torch.tensor([[1.0, 5.0], [1e9, torch.inf]]).expand(3, 4, 2, 2)
+    assert colours(amounts).shape == (3, 4, 3, 2, 2)
+    assert torch.equal(colours(amounts), colours(torch.ones(3, 4, 2, 2)))
+    low = -torch.ones(1, 2)
+    assert torch.equal(colours(9 * low), colours(low))
+
+
+def test_each_line_of_text_has_its_own_rows() -> None:
+    both, first = written("one\ntwo", 112), written("one", 112)
+    assert both.shape == (3, BAND + 15, 112)
+    assert torch.equal(both[:, :17], first[:, :17])
+    assert bool((both[:, 17:] < 0.5).any())
+
+
+def test_text_that_is_too_long_ends_in_dots_inside_of_its_width() -> None:
+    band = written("a very long caption that does not fit into this width", 100)
+    assert bool((band[:, :, 98:] == 1).all())
+    assert bool((band[:, :, 80:98] < 0.5).any())
+    assert torch.equal(written("fits", 100), written("fits\n", 100)[:, :BAND])
+    assert bool((written("nothing fits", 8) == 1).all())
+
+
+def test_wrapped_text_keeps_its_words_and_fits() -> None:
+    text = "bright: the model looks here, dark: this does not matter."
+    lines = wrapped(text, 120).split("\n")
+    assert " ".join(lines) == text
+    assert len(lines) > 2
+    assert all(text_width(line) <= 116 for line in lines)
+    assert wrapped(text, 1000) == text
+    assert wrapped("one incomprehensibilities", 40) == "one\nincomprehensibilities"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from lightning_robust._version import __version__
@@ -28,7 +29,7 @@ else:
         _bases += (_LightningCallback,)
     _Callback = type("_Callback", _bases, {})
 
-__all__ = ["RobustCallback", "log", "show_text"]
+__all__ = ["RobustCallback", "log", "show_image", "show_text"]
 
 log = logging.getLogger("lightning_robust")
 
@@ -181,6 +182,14 @@ def show_text(trainer: Any, tag: str, text: str) -> None:
         for logger in trainer.loggers:
             if hasattr(getattr(logger, "experiment", None), "add_text"):
                 logger.experiment.add_text(tag, text)
+
+
+def show_image(trainer: Any, tag: str, picture: Tensor) -> None:
+    """A picture ``(3, H, W)`` in [0, 1] into every logger that takes pictures."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            if hasattr(getattr(logger, "experiment", None), "add_image"):
+                logger.experiment.add_image(tag, picture, trainer.global_step)
 
 
 def _sections(trainer: Any) -> dict[str, Any]:

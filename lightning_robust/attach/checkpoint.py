@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from lightning_robust.attach.patch import patch
 
-__all__ = ["FORMAT", "KEY", "pack_bits", "read_entry", "record_into_every_checkpoint", "unpack_bits", "write_entry"]
+__all__ = [
+    "FORMAT",
+    "KEY",
+    "pack_bits",
+    "read_entry",
+    "record_into_every_checkpoint",
+    "rewrite",
+    "unpack_bits",
+    "write_entry",
+]
 
 KEY = "lightning_robust"
 FORMAT = 1
@@ -61,6 +70,21 @@ def read_entry(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             f"lightning_robust."
         )
     return entry
+
+
+def rewrite(path: str | Path, sections: Mapping[str, Any], version: str, to: str | Path | None = None) -> None:
+    """Merge ``sections`` into the entry of a checkpoint file, in place or written to another file; all or nothing.
+
+    Raises:
+        pickle.UnpicklingError: If the file holds objects of somebody's classes, which ``torch.load`` does not trust.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    write_entry(checkpoint, sections, version)
+    target = Path(path if to is None else to)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(target.name + ".part")
+    torch.save(checkpoint, beside)
+    beside.replace(target)
 
 
 def record_into_every_checkpoint(module: nn.Module, sections: Sections, version: str) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.reading import copied
 from lightning_robust.attach.route import Route, call_at
 from lightning_robust.attach.step import Step
-from lightning_robust.attach.watcher import LossWatcher, is_unheard
+from lightning_robust.attach.watcher import LossWatcher, ProbeError, is_unheard
 from lightning_robust.losses import LossCall
 
 __all__ = ["STEPS", "Heard", "Listener"]
@@ -72,6 +73,7 @@ class Listener:
         self._end = ExitStack()
         self._hear: Callable[[], LossCall | None] | None = None
         self._heard: Heard | None = None
+        self._warned = False
 
     def reset(self) -> None:
         """Count samples from 0 again."""
@@ -96,12 +98,23 @@ class Listener:
         args = (batch, batch_idx, loader) if several else (batch, batch_idx)
         precision = trainer.precision_plugin
         with precision.test_step_context() if stage == "test" else precision.val_step_context():
-            step = self.probe.for_evaluation(module, STEPS[stage], *args)
-            route = self.probe.route(step)
+            step = self.probe.for_listening(module, STEPS[stage], *args)
+            route = self.probe.route(step, listening=True)
+        self._args = args
         self._open, self._step, self._x = (batch_idx, loader), step, get(batch, route.input)
         self.index, self.counts = self._numbers(trainer, loader, len(self._x))
         self._hear = self._listen(step, route)
         return step
+
+    def readable(self, stage: str) -> Step:
+        """The step through which other inputs can be read, with gradients; often the one that is listened to.
+
+        Raises:
+            ProbeError: If no gradient reaches an input in any step.
+        """
+        if self._step is None:
+            raise ProbeError("no batch is being listened to.")
+        return self.probe.for_evaluation(self._step.module, STEPS[stage], *self._args)
 
     def heard(self) -> Heard | None:
         """What the step that has just ended said; None if it called no loss this time."""
@@ -109,6 +122,13 @@ class Listener:
             call = self._hear()
             self._hear = None
             self._end.close()
+            if call is None and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{type(self._step and self._step.module).__name__}: a batch called no loss, though the first one "
+                    "did; it is left out of what is measured.",
+                    stacklevel=2,
+                )
             self._heard = None if call is None else Heard(call, self._x, self.index, self.counts)
         return self._heard
 
@@ -139,7 +159,7 @@ class Listener:
             if outputs:
                 return call_at(route, outputs[0], target)
             # The user's step goes another way (another step stands in for it, or it is compiled): one more forward.
-            with self.probe.reading(step) as reading, torch.no_grad():
+            with self.probe.reading(step, listening=True) as reading, torch.no_grad():
                 return reading.read(reading.x).detached()
 
         return hear

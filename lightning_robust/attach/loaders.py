@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-__all__ = ["evaluation_loaders", "named", "true_length"]
+from lightning_robust.attach.batches import described, leaves
+from lightning_robust.attach.step import defines
+from lightning_robust.randomness import untouched_random_state
+
+__all__ = ["evaluation_loaders", "named", "own_batches", "size_of", "transferred", "true_length"]
 
 
 def evaluation_loaders(trainer: Any) -> list[tuple[str, Any]]:
@@ -25,6 +33,58 @@ def named(loaders: Any, name: str = "") -> list[tuple[str, Any]]:
         items = loaders.items() if isinstance(loaders, dict) else enumerate(loaders)
         return [pair for key, child in items for pair in named(child, f"{name}/{key}".lstrip("/"))]
     return [(name or "0", loaders)]
+
+
+def own_batches(trainer: Any, loader: Any, limit: float = math.inf) -> Iterator[tuple[Any, Tensor]]:
+    """Batches of a loader that this process takes, with the numbers of their samples among all.
+
+    Where a distributed sampler has dealt the samples, all batches are this process's; else every world-th one. The
+    global random streams stay as they are, although iterating a loader draws from them.
+
+    Args:
+        trainer: Knows how many processes there are, and which this one is.
+        loader: Any iterable of batches.
+        limit: Stop after so many samples (over all processes).
+
+    Yields:
+        The batch as the loader gives it, and the number of each sample, ``(N,)``.
+    """
+    world, rank = trainer.world_size, trainer.global_rank
+    dealt = world > 1 and isinstance(getattr(loader, "sampler", None), DistributedSampler)
+    seen = 0
+    with untouched_random_state():
+        for i, batch in enumerate(loader):
+            n = size_of(batch)
+            index = seen + torch.arange(n)
+            seen += n
+            if dealt:
+                yield batch, index * world + rank
+            elif i % world == rank:
+                yield batch, index
+            if seen * (world if dealt else 1) >= limit:
+                return
+
+
+def transferred(trainer: Any, module: Any, batch: Any) -> Any:
+    """A batch of a loader of ours as Lightning would hand it to a step: precision, hooks and device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    for owner in (trainer.datamodule, module):
+        if owner is not None and defines(owner, "on_before_batch_transfer"):
+            batch = owner.on_before_batch_transfer(batch, 0)
+            break
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def size_of(batch: Any) -> int:
+    """How many samples a batch holds: the rows of its first tensor that has any.
+
+    Raises:
+        ValueError: If it holds no tensor with rows.
+    """
+    for _path, leaf in leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return len(leaf)
+    raise ValueError(f"expected a batch with a tensor of samples in it, got {described(batch)}.")
 
 
 def true_length(loader: Any, world: int) -> int:

@@ -54,7 +54,7 @@ class Monitor(RobustCallback):
         """Forget the last epoch."""
 
     def before(self, trainer: Any, step: Step, batch_idx: int, loader: int, stage: str) -> None:
-        """Before the user's step runs; ``step`` is the one that is read."""
+        """Before the user's step runs; ``step`` is the one that is listened to."""
 
     def hear(self, trainer: Any, pl_module: Any, heard: Heard, loader: int, stage: str) -> None:
         """After the user's step ran."""
@@ -136,7 +136,8 @@ class Monitor(RobustCallback):
         if self._active(trainer, stage):
             step = self.listener.start(trainer, pl_module, stage, batch, batch_idx, loader)
             if self._template is None and type(self).last is not Monitor.last:
-                self._template = step.with_batch(rebuilt(batch, {}, copied))  # steps may write into their batch
+                readable = self.listener.readable(stage)
+                self._template = readable.with_batch(rebuilt(batch, {}, copied))  # steps may write into their batch
             self.before(trainer, step, batch_idx, loader, stage)
 
     @torch.inference_mode(False)

@@ -6,6 +6,7 @@ optimizer steps) happens twice. No assumption is made about how a batch looks or
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -76,6 +77,7 @@ class Probe:
         training: bool | None = False,
         keep_buffers: bool = False,
         state: RandomState | None = None,
+        listening: bool = False,
     ) -> Iterator[Reading]:
         """Read one step; the module is frozen meanwhile and untouched afterwards.
 
@@ -84,19 +86,22 @@ class Probe:
             training: Mode of the module: ``False`` for eval, ``None`` for as it is.
             keep_buffers: Let BatchNorm keep what it saw.
             state: Random state that every read starts from; by default the present one.
+            listening: Logits and targets are enough; no gradient needs to reach an input.
 
         Raises:
             ProbeError: If the step cannot be read.
         """
         self._forget_others(step.module)
-        route = self.route(step)
+        route = self.route(step, listening=listening)
         with quiet(step.module, training, keep_buffers) as now:
             yield Reading(self, route, step, state or now)
 
-    def route(self, step: Step) -> Route:
+    def route(self, step: Step, *, listening: bool = False) -> Route:
         """The route of a step, found now if it is not known or its batch is of another make."""
         known = self.routes.get(step.name)
-        return known if known is not None and self._fits(known, step.batch) else self.discover(step)
+        if known is not None and self._fits(known, step.batch) and (listening or known.differentiable):
+            return known
+        return self.discover(step, listening=listening)
 
     @staticmethod
     def _fits(route: Route, batch: Any) -> bool:
@@ -169,8 +174,12 @@ class Probe:
 
     # -- discovery -----------------------------------------------------------------------------------------------
 
-    def discover(self, step: Step) -> Route:
+    def discover(self, step: Step, *, listening: bool = False) -> Route:
         """Find the route of one kind of step on its first batch, and remember it.
+
+        Args:
+            step: The call that Lightning makes (or would make).
+            listening: Logits and targets are enough: token ids, frozen backbones and steps without gradients will do.
 
         Raises:
             ProbeError: With what was found, and the argument that settles it.
@@ -182,12 +191,12 @@ class Probe:
                 f"(dataloader_iter); there is no batch to read."
             )
         tracked = {path: leaf for path, leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
-        if not tracked:
+        if not tracked and not listening:
             raise ProbeError(
                 f"the batch of {type(step.module).__name__} has no floating-point input to differentiate: "
                 f"{described(batch)}. Token ids cannot be perturbed; cast integer images to float in the data pipeline."
             )
-        if self.input_path is not None and self.input_path not in tracked:
+        if self.input_path is not None and self.input_path not in tracked and not listening:
             get(batch, self.input_path)  # says what there is
             raise ProbeError(
                 f"input_key names {shown(self.input_path)}, which is no floating-point tensor; the batch has "
@@ -201,18 +210,31 @@ class Probe:
             state.restore()
             with outputs_into(outputs, step.module):
                 call = self.call(step.with_batch(fed), Route(step.name, (), None, ""))
-            path = self._input_of(call, inputs, step)
+            path, reached = self._input_or_count(call, inputs, step, listening)
             target, cast = (self.target_path, True) if self.target_path else target_of(call, batch, fed)
             module = producer_of(call.logits, outputs)
             same = module is None or outputs[module][0].shape == call.logits.shape
             shape = None if same else tuple(call.logits.shape[1:])
-            route = Route(step.name, path, target, call.kind, module, shape=shape, cast=cast)
+            route = Route(step.name, path, target, call.kind, module, shape=shape, cast=cast, differentiable=reached)
         self.routes[step.name] = route
         return route
 
+    def _input_or_count(
+        self, call: LossCall, inputs: dict[Path, Tensor], step: Step, listening: bool
+    ) -> tuple[Path, bool]:
+        try:
+            return self._input_of(call, inputs, step), True
+        except ProbeError:
+            if not listening:
+                raise
+        rows = [path for path, leaf in leaves(step.batch) if isinstance(leaf, Tensor) and leaf.ndim]
+        if not rows:
+            raise ProbeError(f"the batch has no tensor to count samples by: {described(step.batch)}.")
+        return rows[0], False
+
     def _input_of(self, call: LossCall, inputs: dict[Path, Tensor], step: Step) -> Path:
         def reached(value: Tensor, retain: bool) -> list[Path]:
-            if not value.requires_grad:
+            if not value.requires_grad or not inputs:
                 return []
             # Kept only where it is needed again: compiled backward passes refuse to be kept.
             grads = torch.autograd.grad(value.sum(), list(inputs.values()), allow_unused=True, retain_graph=retain)
@@ -244,6 +266,24 @@ class Probe:
             f"gradients exists. If another loss of the step is meant, say which: loss_index=1."
         )
 
+    def for_listening(self, module: nn.Module, names: Sequence[str], *args: Any) -> Step:
+        """The step to hear a validation or test batch in; gradients are not asked for.
+
+        Raises:
+            ProbeError: If no step has logits and targets that can be read.
+        """
+        self._forget_others(module)
+        written = [Step.of(module, name, *args) for name in names if defines(module, name)]
+        for step in written:
+            if step.name in self.routes:
+                return step
+        for step in written:
+            for listening in (False, True):
+                with contextlib.suppress(ProbeError):  # the last resort below says what is wrong
+                    self.discover(step, listening=listening)
+                    return step
+        return self.for_evaluation(module, names, *args)
+
     def for_evaluation(self, module: nn.Module, names: Sequence[str], *args: Any) -> Step:
         """The step to read a validation or test batch through, found on the first batch.
 
@@ -256,7 +296,8 @@ class Probe:
         """
         self._forget_others(module)
         wanted = names[0]
-        if wanted in self.routes or wanted in self._stand_ins:
+        known = self.routes.get(wanted)
+        if wanted in self._stand_ins or (known is not None and known.differentiable):
             return Step.of(module, self._stand_ins.get(wanted, wanted), *args)
         written = [name for name in names if defines(module, name)]
         errors: list[str] = []
@@ -268,10 +309,12 @@ class Probe:
             else:
                 self._stand_ins[wanted] = name
                 return Step.of(module, name, *args)
-        known = [route for route in self.routes.values() if route.module is not None]
-        if written and known:
+        elsewhere = [route for route in self.routes.values() if route.module is not None and route.differentiable]
+        if written and elsewhere:
             step = Step.of(module, written[0], *args)
-            route = replace(known[0], step=step.name, target=self.target_path or known[0].target, stop_at_module=True)
+            route = replace(
+                elsewhere[0], step=step.name, target=self.target_path or elsewhere[0].target, stop_at_module=True
+            )
             with quiet(module, False, False):
                 readable = self.call(step.with_batch(rebuilt(step.batch, {}, copied)), route).logits.requires_grad
             if readable:  # not so under a decorator such as @torch.no_grad()

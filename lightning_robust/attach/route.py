@@ -29,6 +29,7 @@ class Route:
         stop_at_module: Stop at that module's output instead of at a loss (steps that compute none).
         shape: What follows the first dimension of the logits, where the loss gets another view of the module's output.
         cast: Whether the step gives its target another shape or type (``y.float().unsqueeze(1)``).
+        differentiable: Whether a gradient reaches the input; else ``input`` is a leaf to count samples by.
     """
 
     step: str
@@ -39,6 +40,7 @@ class Route:
     stop_at_module: bool = False
     shape: tuple[int, ...] | None = None
     cast: bool = False
+    differentiable: bool = True
 
     def logits_from(self, output: Tensor) -> Tensor:
         """The logits as the loss gets them, from the module's output."""

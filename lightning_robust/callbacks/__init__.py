@@ -1,6 +1,9 @@
 """One callback a file; state and timing, no mathematics."""
 
 from lightning_robust.callbacks.adversarial_training import AdversarialTraining
+from lightning_robust.callbacks.calibration_monitor import CalibrationMonitor
+from lightning_robust.callbacks.ood_monitor import OODMonitor
 from lightning_robust.callbacks.robust_accuracy import RobustAccuracy
+from lightning_robust.callbacks.temperature_scaling import TemperatureScaling
 
-__all__ = ["AdversarialTraining", "RobustAccuracy"]
+__all__ = ["AdversarialTraining", "CalibrationMonitor", "OODMonitor", "RobustAccuracy", "TemperatureScaling"]

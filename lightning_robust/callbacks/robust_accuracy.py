@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler
 
+from lightning_robust.attach.base import show_image
 from lightning_robust.attach.checkpoint import pack_bits
 from lightning_robust.attach.loaders import evaluation_loaders
 from lightning_robust.attach.monitor import Monitor, suffixes
@@ -123,6 +124,7 @@ class RobustAccuracy(Monitor):
         # The precision of the run, except for autocast: robust accuracy in half precision is no robust accuracy.
         precision = trainer.precision_plugin
         context = precision.test_step_context() if stage == "test" else precision.val_step_context()
+        step = self.listener.readable(stage)
         no_autocast = torch.autocast(trainer.strategy.root_device.type, enabled=False)
         with context, no_autocast, self.probe.reading(step) as reading:
             if not self._checked:
@@ -139,9 +141,9 @@ class RobustAccuracy(Monitor):
             clean = reading.read(reading.x)
         if clean.logits.shape[:1] != reading.x.shape[:1]:
             raise ProbeError(
-                f"the loss gets {clean.logits.shape[0] if clean.logits.ndim else 'no'} rows for a batch of {len(reading.x)} "
-                f"samples, so that rows cannot be told apart by sample. Give logits_fn= that returns (N, K, ...) "
-                f"and target_key=."
+                f"the loss gets {clean.logits.shape[0] if clean.logits.ndim else 'no'} rows for a batch of "
+                f"{len(reading.x)} samples, so that rows cannot be told apart by sample. Give logits_fn= that "
+                f"returns (N, K, ...) and target_key=."
             )
         keep &= clean.counted().cpu()
         kept = index[keep]
@@ -215,10 +217,7 @@ class RobustAccuracy(Monitor):
         bounds = None if threat is None else threat.pixels.bounds
         bounds = bounds or (float(clean.min()), max(float(clean.max()), float(clean.min()) + 1e-6))
         picture = attack_strips(clean, perturbed, labels, before, after, bounds)
-        for logger in trainer.loggers:
-            # By what it can do: the two Lightning namespaces have two TensorBoardLogger classes.
-            if hasattr(getattr(logger, "experiment", None), "add_image"):
-                logger.experiment.add_image(self.key(stage, "examples"), picture, trainer.global_step)
+        show_image(trainer, self.key(stage, "examples"), picture)
 
     # -- the first batch -----------------------------------------------------------------------------------------
 

@@ -1,6 +1,8 @@
 """Data that ships in packages and small nets: what recipes and tests train on."""
 
+from lightning_robust.demo.decoy import DecoyDigits
 from lightning_robust.demo.digits import Digits
 from lightning_robust.demo.nets import Classifier, SmallCNN
+from lightning_robust.demo.ood import Letters, Patches
 
-__all__ = ["Classifier", "Digits", "SmallCNN"]
+__all__ = ["Classifier", "DecoyDigits", "Digits", "Letters", "Patches", "SmallCNN"]

@@ -53,7 +53,7 @@ class Classifier(LightningModule):
         return logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
+        x, y, *_ = batch
         loss = F.cross_entropy(self(x), y)
         self.log("train/loss", loss)
         return loss
@@ -65,7 +65,7 @@ class Classifier(LightningModule):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: Any, stage: str) -> None:
-        x, y = batch
+        x, y, *_ = batch
         logits = self(x)
         self.log(f"{stage}/loss", F.cross_entropy(logits, y))
         self.log(f"{stage}/accuracy", (logits.argmax(1) == y).float().mean(), prog_bar=True)

@@ -1,5 +1,7 @@
 """Scalars that are added to a loss."""
 
+from lightning_robust.penalties.input_gradient import InputGradientPenalty
 from lightning_robust.penalties.kl import kl_divergence
+from lightning_robust.penalties.right_reasons import RightReasons
 
-__all__ = ["kl_divergence"]
+__all__ = ["InputGradientPenalty", "RightReasons", "kl_divergence"]

@@ -1,0 +1,239 @@
+"""Whether the model notices that a picture is none of its own: separation of foreign data in every evaluation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from lightning_robust.attach.batches import described, get, leaves
+from lightning_robust.attach.listener import Heard
+from lightning_robust.attach.loaders import own_batches, transferred
+from lightning_robust.attach.monitor import Monitor
+from lightning_robust.attach.probe import Probe
+from lightning_robust.attach.step import Step
+from lightning_robust.losses import LossCall
+from lightning_robust.metrics import ScoreTable
+from lightning_robust.ood import SYNTHETIC, scores_named, separation
+from lightning_robust.pixels import PixelSpace
+from lightning_robust.randomness import seeded
+
+__all__ = ["OODMonitor"]
+
+IN_DISTRIBUTION = 50_000  # samples whose scores are kept: 0.4 MB a score
+HISTOGRAM_BINS = 64
+
+
+class OODMonitor(Monitor):
+    """Measure how well scores of the logits tell foreign inputs from the evaluation data.
+
+    In-distribution scores come from the logits of the user's own evaluation step; foreign inputs travel through the
+    same step, without gradients, between its first and last batch. All scores are higher for more foreign inputs.
+
+    Logs, for each set and score, ``ood/val/{set}/{score}_auroc``, ``_aupr_in`` and ``_aupr_out`` (which of the two is
+    the positive class), ``_fpr95`` (share of own data taken for foreign where 95 % of the foreign are found) and
+    ``_fpr95_id_positive`` (share of foreign data accepted where 95 % of the own are), with ``test`` for ``val`` in
+    ``Trainer.test``. Exact, whole tie groups. The first loader holds the data that are not foreign.
+
+    Args:
+        sets: Names and data sets or loaders, of inputs as the evaluation data have them (labels are ignored). Batches
+            made like those of the evaluation loader pass the same transfer hooks; others hold inputs as the model sees
+            them. By default three synthetic sets made of the evaluation pictures themselves: noise, shuffled pixels
+            and mosaics of patches. They are easier to tell than most real foreign data.
+        scores: ``"energy"``, ``"max_logit"``, ``"msp"`` (in log space), ``"entropy"``.
+        max_samples: Of each set: a seeded random choice of a data set, the first ones of a loader.
+        stages: Where to measure: ``"val"`` (every validation, in ``fit`` too), ``"test"``, or both.
+        pixels: The pixel space of the inputs, for noise; by default [0, 1].
+        seed: Of the choice and of the synthetic sets.
+        input_key: Where in the batch the input is, if it cannot be told.
+        target_key: Where the target is, if no loss tells.
+        logits_fn: ``(module, batch) -> logits`` where no loss can be read; needs ``target_key``.
+        loss_index: Which loss call of the step is read, 0 for the first.
+        name: Tells two callbacks of this class apart: keys start with ``ood.{name}``.
+
+    Raises:
+        ValueError: If there is no set, a score is unknown, or max_samples is below 1.
+
+    Example:
+        >>> OODMonitor(scores=["energy", "msp"]).sets.keys()
+        dict_keys(['synthetic_noise', 'synthetic_shuffle', 'synthetic_mosaic'])
+
+    References:
+        Hendrycks and Gimpel, 2017, https://arxiv.org/abs/1610.02136 (msp). Liu et al., 2020,
+        https://arxiv.org/abs/2010.03759 (energy). Hendrycks et al., 2022, https://arxiv.org/abs/1911.11132 (max_logit).
+    """
+
+    def __init__(
+        self,
+        sets: dict[str, Dataset[Any] | DataLoader[Any]] | None = None,
+        *,
+        scores: Sequence[str] = ("energy", "max_logit", "msp", "entropy"),
+        max_samples: int = 1000,
+        stages: Sequence[str] = ("val", "test"),
+        pixels: PixelSpace | None = None,
+        seed: int = 0,
+        input_key: str | int | tuple[str | int, ...] | None = None,
+        target_key: str | int | tuple[str | int, ...] | None = None,
+        logits_fn: Callable[..., Any] | None = None,
+        loss_index: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__("ood", name, Probe(input_key, target_key, logits_fn, loss_index), stages)
+        if sets is not None and not sets:
+            raise ValueError("OODMonitor needs at least one set, or sets=None for synthetic ones.")
+        if max_samples < 1:
+            raise ValueError(f"max_samples= must be at least 1, got {max_samples}.")
+        self.sets: Mapping[str, Any] = SYNTHETIC if sets is None else sets
+        self.synthetic = sets is None
+        self.scores = scores_named(scores)
+        self.max_samples, self.pixels, self.seed = max_samples, pixels or PixelSpace(), seed
+        self._tables: dict[str, ScoreTable] = {}
+        self._own = ScoreTable(list(self.scores), 1)
+        self._entry: dict[str, Any] = {}
+        self._unserved: set[str] = set()  # what cannot be measured here, said once
+
+    def section(self) -> Mapping[str, Any]:
+        return {self.area: self._entry} if self._entry else {}
+
+    def settings(self) -> Mapping[str, Any]:
+        sets = ", ".join(self.sets)
+        return {"sets": sets, "scores": ", ".join(self.scores), "max_samples": self.max_samples, "seed": self.seed}
+
+    # -- when ----------------------------------------------------------------------------------------------------
+
+    def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._own = ScoreTable(list(self.scores), IN_DISTRIBUTION)
+        self._tables = {name: ScoreTable(list(self.scores), self.max_samples) for name in self.sets}
+
+    def before(self, trainer: Any, step: Step, batch_idx: int, loader: int, stage: str) -> None:
+        if loader or not (self.synthetic or batch_idx == 0):
+            return
+        precision = trainer.precision_plugin
+        context = precision.test_step_context() if stage == "test" else precision.val_step_context()
+        with context:
+            if self.synthetic:
+                self._score_synthetic(self.listener.readable(stage))
+            else:
+                self._score_sets(trainer, self.listener.readable(stage))
+
+    def hear(self, trainer: Any, pl_module: Any, heard: Heard, loader: int, stage: str) -> None:
+        if loader == 0:
+            self._add(self._own, heard.call, heard.index, heard.counts)
+
+    def finish(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        own = self._own
+        own.load(self.summed(trainer, pl_module, own.state()))
+        entry: dict[str, Any] = {}
+        for name, table in self._tables.items():
+            table.load(self.summed(trainer, pl_module, table.state()))
+            for score in self.scores if own.n and table.n else ():
+                inside, outside = self._finite(own.of(score), name, score), self._finite(table.of(score), name, score)
+                if len(inside) and len(outside):
+                    found = separation(inside, outside)
+                    self._log(pl_module, stage, name, score, found, len(outside))
+                    entry.setdefault(name, {})[score] = {**found, **_histograms(inside, outside)}
+        if stage == "val":
+            self._entry = entry
+        self._tables = {}
+        self._own = ScoreTable(list(self.scores), 1)
+
+    # -- what ----------------------------------------------------------------------------------------------------
+
+    def _score_synthetic(self, step: Step) -> None:
+        index, keep = self.listener.index, self.listener.counts & (self.listener.index < self.max_samples)
+        if not bool(keep.any()):
+            return
+        with self.probe.reading(step) as reading, torch.no_grad():
+            if reading.x.ndim != 4:
+                self._warn_once(
+                    f"synthetic sets are made of pictures (N, C, H, W), the input is {tuple(reading.x.shape)}: name "
+                    "data sets or loaders of foreign inputs, OODMonitor({'other': loader})."
+                )
+                return
+            for number, (name, make) in enumerate(self.sets.items()):
+                foreign = make(reading.x, [seeded(self.seed, number, int(i)) for i in index], self.pixels)
+                self._add(self._tables[name], reading.read(foreign), index, keep)
+
+    def _score_sets(self, trainer: Any, step: Step) -> None:
+        with self.probe.reading(step) as reading, torch.no_grad():
+            for name, source in self.sets.items():
+                for batch, index in own_batches(trainer, self._loader(source, len(reading.x)), self.max_samples):
+                    foreign = self._input(trainer, step, batch, reading.x, name)
+                    call = reading.read(foreign)
+                    self._add(self._tables[name], call, index, torch.ones(len(index), dtype=torch.bool))
+
+    def _loader(self, source: Any, batch_size: int) -> Iterable[Any]:
+        if isinstance(source, IterableDataset):
+            return DataLoader(source, batch_size)
+        if not isinstance(source, Dataset):
+            return source  # type: ignore[no-any-return]  # a loader, or any iterable of batches
+        length = len(source)  # type: ignore[arg-type]  # a map-style data set
+        order = torch.randperm(length, generator=seeded(self.seed)).tolist()  # data sets are often sorted by class
+        return DataLoader(Subset(source, sorted(order[: self.max_samples])), batch_size)
+
+    def _input(self, trainer: Any, step: Step, batch: Any, like: Tensor, name: str) -> Tensor:
+        path = self.probe.route(step).input
+        alike = [path for path, _ in leaves(batch)] == [path for path, _ in leaves(step.batch)]
+        if alike:
+            found = get(transferred(trainer, step.module, batch), path)
+        else:
+            fits = [
+                leaf
+                for _, leaf in leaves(batch)
+                if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape[1:] == like.shape[1:]
+            ]
+            found = fits[0] if len(fits) == 1 else None
+        if not isinstance(found, Tensor) or found.shape[1:] != like.shape[1:]:
+            raise ValueError(
+                f"OOD set {name!r}: expected inputs like those of the evaluation data, (N, "
+                f"{', '.join(map(str, like.shape[1:]))}), got a batch with {described(batch)}."
+            )
+        return found.to(like.device, like.dtype)
+
+    def _add(self, table: ScoreTable, call: LossCall, index: Tensor, keep: Tensor) -> None:
+        logits = call.class_logits()
+        if logits is None and call.kind == "nll_loss" and call.logits.ndim == 2:
+            logits = call.logits.float()  # right but for the energy, which log-probabilities have lost
+            if "energy" in self.scores:
+                self._warn_once("the loss gets log-probabilities (nll_loss), whose energy is always 0; use msp.")
+        if logits is None or len(logits) != len(index):
+            self._warn_once(
+                f"scores are about one prediction a sample; this module's loss gets {tuple(call.logits.shape)} for "
+                f"{len(index)} samples ({call.kind}). Nothing is measured."
+            )
+            return
+        keep = keep.to(index.device)
+        table.add(index[keep], {name: score(logits).cpu()[keep.cpu()] for name, score in self.scores.items()})
+
+    def _finite(self, scores: Tensor, name: str, score: str) -> Tensor:
+        finite = scores.isfinite()
+        if not bool(finite.all()):
+            self._warn_once(f"{int((~finite).sum())} scores ({name}, {score}) are NaN or infinite and are left out.")
+        return scores[finite]
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._unserved:
+            self._unserved.add(message)
+            warnings.warn(f"OODMonitor: {message}", stacklevel=2)
+
+    def _log(self, pl_module: Any, stage: str, name: str, score: str, found: Mapping[str, float], n: int) -> None:
+        shown = {"fpr95_ood_positive": "fpr95"}
+        values = {
+            self.key(stage, f"{name}/{score}_{shown.get(metric, metric)}"): value for metric, value in found.items()
+        }
+        self.log_values(pl_module, values, n)
+
+
+def _histograms(inside: Tensor, outside: Tensor) -> dict[str, Any]:
+    """Both distributions on common edges, and the score below which 95 % of the own data lie."""
+    both = torch.cat([inside, outside])
+    low, high = float(both.min()), float(both.max())
+    counts = {
+        f"histogram_{side}": torch.histc(scores, HISTOGRAM_BINS, low, high).long().tolist()
+        for side, scores in (("in", inside), ("out", outside))
+    }
+    return {"range": [low, high], **counts, "threshold95": float(inside.quantile(0.95))}

@@ -1,0 +1,71 @@
+"""A penalty tried once before training: whether gradients of it reach the parameters, and if not, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["preflight"]
+
+# What torch says -> what to do. Where several fit, the first counts.
+_REMEDIES = {
+    "scaled_dot_product": "This attention kernel has no second derivative. Run the step under "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or use method='finite_differences'.",
+    "donated buffers": "A compiled network throws its graph away after one backward pass. Use "
+    "method='finite_differences' with reuse=False, or set torch._functorch.config.donated_buffer = False before "
+    "compiling.",
+    "double backward": "A compiled network has no second derivative. Use method='finite_differences', or leave the "
+    "network uncompiled.",
+    "use_reentrant": "Reentrant checkpointing gives no gradient of the input. Call "
+    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
+    "": "If a layer has no second derivative, use method='finite_differences'.",
+}
+
+
+def preflight(compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter], what: str) -> None:
+    """Compute a penalty and its gradients once, so that what cannot work fails early and says why.
+
+    Nothing is left in ``.grad``. What a forward itself moves (BatchNorm's statistics, random numbers) is moved: run it
+    inside :func:`lightning_robust.frozen`.
+
+    Args:
+        compute: Makes the penalty, a scalar.
+        parameters: Those that training will change; frozen ones are left out.
+        what: What to call the penalty in messages.
+
+    Raises:
+        RuntimeError: If the penalty or its gradients cannot be computed (with a remedy where the cause is known), if no
+            parameter receives a gradient, or if anything is not finite.
+
+    Example:
+        A map that captum computed is a number like any other: nothing leads from it back to the parameters.
+
+        >>> from captum.attr import Saliency
+        >>> net, x = nn.Linear(2, 3), torch.rand(4, 2).requires_grad_()
+        >>> preflight(lambda: Saliency(net).attribute(x, target=0).square().mean(), net.parameters(), "my penalty")
+        Traceback (most recent call last):
+        RuntimeError: my penalty reaches 0 of 2 trainable parameters, so it cannot train any. ...
+    """
+    trainable = [p for p in parameters if p.requires_grad]
+    try:
+        penalty = compute()
+        connected = penalty.requires_grad and trainable  # else autograd.grad would only say that there is no graph
+        found = torch.autograd.grad(penalty, trainable, allow_unused=True) if connected else ()
+    except RuntimeError as error:
+        remedy = next(remedy for said, remedy in _REMEDIES.items() if said in str(error))
+        raise RuntimeError(f"{what} cannot be trained with this network. {remedy} torch says: {error}") from error
+    gradients = [gradient for gradient in found if gradient is not None]
+    if not gradients:
+        raise RuntimeError(
+            f"{what} reaches 0 of {len(trainable)} trainable parameters, so it cannot train any. Attributions from "
+            "captum are not differentiable with respect to parameters, nor is what is computed under torch.no_grad() "
+            "or detached; use a penalty of lightning_robust.penalties, or torch.autograd.grad(..., create_graph=True)."
+        )
+    broken = sum(not bool(g.isfinite().all()) for g in gradients)
+    if broken or not bool(penalty.isfinite().all()):
+        raise RuntimeError(
+            f"{what} is {float(penalty.detach()):g}, and {broken} of its {len(gradients)} gradients are not finite. "
+            "Look for inputs that are not finite, or half precision that overflows (compute the penalty in float32)."
+        )
