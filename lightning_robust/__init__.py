@@ -19,9 +19,12 @@ if TYPE_CHECKING:
         CalibrationMonitor,
         OODMonitor,
         RobustAccuracy,
+        SaliencyRegularization,
+        SaliencySnapshots,
         TemperatureScaling,
     )
     from lightning_robust.modes import frozen
+    from lightning_robust.penalties import InputGradientPenalty, RightReasons
     from lightning_robust.pixels import PixelSpace
 
 __all__ = [
@@ -29,9 +32,13 @@ __all__ = [
     "PGD",
     "AdversarialTraining",
     "CalibrationMonitor",
+    "InputGradientPenalty",
     "OODMonitor",
     "PixelSpace",
+    "RightReasons",
     "RobustAccuracy",
+    "SaliencyRegularization",
+    "SaliencySnapshots",
     "TemperatureScaling",
     "ThreatModel",
     "__version__",
@@ -46,9 +53,13 @@ _HOME = {
     "PGD": "attacks",
     "AdversarialTraining": "callbacks",
     "CalibrationMonitor": "callbacks",
+    "InputGradientPenalty": "penalties",
     "OODMonitor": "callbacks",
     "PixelSpace": "pixels",
+    "RightReasons": "penalties",
     "RobustAccuracy": "callbacks",
+    "SaliencyRegularization": "callbacks",
+    "SaliencySnapshots": "callbacks",
     "TemperatureScaling": "callbacks",
     "ThreatModel": "attacks",
     "calibrated": "attach.scaling",

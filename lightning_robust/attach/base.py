@@ -68,6 +68,7 @@ class RobustCallback(_Callback):
         self.probe = probe
         self._undo: list[Callable[[], None]] = []
         self._recalled = False
+        self.by_hand = False  # set by a mixin whose step asks for the perturbed batch itself
 
     @property
     def state_key(self) -> str:

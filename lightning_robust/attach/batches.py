@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Path", "as_path", "described", "get", "leaves", "rebuilt", "resized", "shown"]
+__all__ = ["Path", "as_path", "copied", "described", "get", "leaves", "rebuilt", "resized", "shown"]
 
 Path = tuple[str | int, ...]
 """Where a leaf is: keys, indices and attribute names from the batch inwards. A bare tensor has the path ``()``."""
@@ -121,6 +121,12 @@ def _rebuilt(
     for name, child in children.items():
         object.__setattr__(fresh, str(name), child)  # also where the dataclass is frozen
     return fresh
+
+
+def copied(leaf: Any) -> Any:
+    """A copy of a tensor, anything else as it is."""
+    # Outside inference mode a clone of an inference tensor is a normal one.
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def resized(batch: Any, n: int, wanted: int) -> Any:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.attach.batches import get
+from lightning_robust.attach.batches import Path, copied, get, rebuilt
 from lightning_robust.attach.loaders import evaluation_loaders, true_length
 from lightning_robust.attach.probe import Probe
-from lightning_robust.attach.reading import copied
 from lightning_robust.attach.route import Route, call_at
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import LossWatcher, ProbeError, is_unheard
@@ -45,9 +44,9 @@ class Heard:
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities ``(R, K)``, labels ``(R,)`` and sample numbers ``(R,)`` of all that counts."""
         log_p, labels, sample = self.call.rows()
-        # A loss may get its rows flattened, several a sample (tokens).
+        # A loss may get its rows flattened, several a sample (tokens), or only some of them (those under a mask).
         each = max(1, len(self.call.logits) // max(1, len(self.x)))
-        sample = (sample // each).cpu()
+        sample = (sample // each).clamp(max=len(self.x) - 1).cpu()
         kept = self.counts[sample]
         on_device = kept.to(log_p.device)
         return log_p[on_device], labels[on_device], self.index[sample[kept]]
@@ -56,8 +55,10 @@ class Heard:
 class Listener:
     """Listens to one evaluation batch after the other; shared by all callbacks that read steps the same way.
 
-    The way to the logits is found once, on a copy of the first batch. From then on a forward hook reads them where they
-    are the output of a module and the target is a leaf of the batch; elsewhere the step's loss call is watched.
+    The way to the logits is found once for each loader, on a copy of its first batch. From then on a forward hook reads
+    them where they are the output of a module and the target is a leaf of the batch; elsewhere the step's loss call is
+    watched. Only where the running step says nothing (another step stands in for it, or ``logits_fn=``), or its
+    network is compiled away from hooks, each batch costs one more forward.
 
     Attributes:
         index: Number of each sample of the present batch among all samples of its loader, over all processes.
@@ -68,8 +69,15 @@ class Listener:
         self.probe = probe
         self.index = self.counts = torch.zeros(0)
         self._open: tuple[int, int] | None = None  # batch and loader that is listened to
+        self._args: tuple[int, ...] = ()
+        self._input: Path = ()
         self._step: Step | None = None
+        self._batch: Any = None  # a copy, since steps may write into theirs
+        self._context: Callable[[], AbstractContextManager[Any]] = ExitStack
         self._seen: dict[int, int] = {}
+        self._routes: dict[tuple[str, int], Route] = {}
+        # Which of the calls of the hooked module gives the logits, by loader and number of calls in a step.
+        self._places: dict[tuple[int, int], int | None] = {}
         self._end = ExitStack()
         self._hear: Callable[[], LossCall | None] | None = None
         self._heard: Heard | None = None
@@ -81,9 +89,9 @@ class Listener:
         self._seen = {}
 
     def close(self) -> None:
-        """Let go of the module; safe to call at any time."""
+        """Let go of the module and the batch; safe to call at any time."""
         self._end.close()
-        self._open = self._step = self._hear = self._heard = None
+        self._open = self._step = self._hear = self._heard = self._batch = None
 
     def start(self, trainer: Any, module: nn.Module, stage: str, batch: Any, batch_idx: int, loader: int) -> Step:
         """Listen to the step that Lightning is about to run on ``batch``; a second call for a batch does nothing.
@@ -95,15 +103,16 @@ class Listener:
             return self._step
         self.close()
         several = len(evaluation_loaders(trainer)) > 1
-        args = (batch, batch_idx, loader) if several else (batch, batch_idx)
         precision = trainer.precision_plugin
-        with precision.test_step_context() if stage == "test" else precision.val_step_context():
-            step = self.probe.for_listening(module, STEPS[stage], *args)
-            route = self.probe.route(step, listening=True)
-        self._args = args
-        self._open, self._step, self._x = (batch_idx, loader), step, get(batch, route.input)
-        self.index, self.counts = self._numbers(trainer, loader, len(self._x))
-        self._hear = self._listen(step, route)
+        self._context = precision.test_step_context if stage == "test" else precision.val_step_context
+        self._args = (batch_idx, loader) if several else (batch_idx,)
+        with self._context():
+            step = self.probe.for_listening(module, STEPS[stage], batch, *self._args)
+            route = self._route(step, loader)
+        self._open, self._step, self._batch = (batch_idx, loader), step, rebuilt(batch, {}, copied)
+        self.index, self.counts = self._numbers(trainer, loader, len(get(batch, route.input)))
+        self._input = route.input
+        self._hear = self._listen(step, route, loader, step.name == STEPS[stage][0])
         return step
 
     def readable(self, stage: str) -> Step:
@@ -114,22 +123,23 @@ class Listener:
         """
         if self._step is None:
             raise ProbeError("no batch is being listened to.")
-        return self.probe.for_evaluation(self._step.module, STEPS[stage], *self._args)
+        return self.probe.for_evaluation(self._step.module, STEPS[stage], self._step.batch, *self._args)
 
     def heard(self) -> Heard | None:
         """What the step that has just ended said; None if it called no loss this time."""
-        if self._heard is None and self._hear is not None:
+        if self._heard is None and self._hear is not None and self._step is not None:
+            self._end.close()
             call = self._hear()
             self._hear = None
-            self._end.close()
             if call is None and not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"{type(self._step and self._step.module).__name__}: a batch called no loss, though the first one "
-                    "did; it is left out of what is measured.",
+                    f"{type(self._step.module).__name__}: a batch called no loss, though the first one did; it is left "
+                    "out of what is measured.",
                     stacklevel=2,
                 )
-            self._heard = None if call is None else Heard(call, self._x, self.index, self.counts)
+            x = get(self._batch, self._input)
+            self._heard = None if call is None else Heard(call, x, self.index, self.counts)
         return self._heard
 
     def _numbers(self, trainer: Any, loader: int, n: int) -> tuple[Tensor, Tensor]:
@@ -139,27 +149,57 @@ class Listener:
         self._seen[loader] = self._seen.get(loader, 0) + n
         return index, index < true_length(evaluation_loaders(trainer)[loader][1], world)
 
-    def _listen(self, step: Step, route: Route) -> Callable[[], LossCall | None]:
-        if route.module is None or route.target is None:
+    def _route(self, step: Step, loader: int) -> Route:
+        if loader == 0:
+            return self.probe.route(step, listening=True)
+        if (step.name, loader) not in self._routes:
+            # Each loader may have a head of its own; what others read, and checkpoints record, is about the first.
+            first = self.probe.routes.get(step.name)
+            with suppress(ProbeError):  # a step without loss, known by what training found
+                self._routes[step.name, loader] = self.probe.discover(step, listening=True)
+            if first is not None:
+                self.probe.routes[step.name] = first
+        return self._routes.get((step.name, loader)) or self.probe.route(step, listening=True)
+
+    def _listen(self, step: Step, route: Route, loader: int, runs: bool) -> Callable[[], LossCall | None]:
+        if route.module is not None and route.target is not None:
+            return self._hook(step, route, loader)
+        if runs and self.probe.logits_fn is None:
             watcher = LossWatcher(self.probe.loss_index, detach=True)
             self._end.enter_context(watcher)
             return lambda: watcher.call
-        target = copied(get(step.batch, route.target))  # before the step writes into its batch
+        return lambda: self._read(step)
+
+    def _hook(self, step: Step, route: Route, loader: int) -> Callable[[], LossCall]:
         outputs: list[Tensor] = []
 
-        def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            if not outputs and not is_unheard():
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not is_unheard():
                 outputs.append(output.detach().clone())
 
         # Before other hooks: somebody's may divide the logits by a temperature.
-        hook = step.module.get_submodule(route.module).register_forward_hook(keep, prepend=True)
+        hook = step.module.get_submodule(route.module or "").register_forward_hook(keep, prepend=True)
         self._end.callback(hook.remove)
 
         def hear() -> LossCall:
-            if outputs:
-                return call_at(route, outputs[0], target)
-            # The user's step goes another way (another step stands in for it, or it is compiled): one more forward.
-            with self.probe.reading(step, listening=True) as reading, torch.no_grad():
-                return reading.read(reading.x).detached()
+            # Pictures for a log, or test-time augmentation: which of several calls is meant is found out by reading.
+            seen = (loader, len(outputs))
+            place = 0 if len(outputs) == 1 else self._places.get(seen)
+            if place is not None:
+                return call_at(route, outputs[place], get(self._batch, route.target or ()))
+            call = self._read(step)
+            alike = [i for i, output in enumerate(outputs) if _alike(route.logits_from(output), call.logits)]
+            self._places[seen] = alike[0] if alike else None
+            return call
 
         return hear
+
+    def _read(self, step: Step) -> LossCall:
+        # As the loop runs it: whoever keeps dropout on in validation is measured with it.
+        again = step.with_batch(self._batch)
+        with self._context(), self.probe.reading(again, training=None, listening=True) as reading, torch.no_grad():
+            return reading.read(reading.x).detached()
+
+
+def _alike(output: Tensor, logits: Tensor) -> bool:
+    return output.shape == logits.shape and torch.allclose(output.float(), logits.float(), rtol=1e-4, atol=1e-5)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_robust.attach.base import RobustCallback
-from lightning_robust.attach.batches import rebuilt
+from lightning_robust.attach.batches import copied, rebuilt
 from lightning_robust.attach.listener import Heard, Listener
 from lightning_robust.attach.loaders import evaluation_loaders
 from lightning_robust.attach.probe import Probe
-from lightning_robust.attach.reading import copied
 from lightning_robust.attach.step import Step
 
 __all__ = ["Monitor", "suffixes"]
@@ -82,10 +81,8 @@ class Monitor(RobustCallback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         # Who reads alike listens together: the way to the logits is found once a run, not once a callback.
-        alike = (c for c in trainer.callbacks if isinstance(c, Monitor) and c.probe is self.probe)
-        self.listener = next(alike, self).listener
-        if self.listener.probe is not self.probe:
-            self.listener = Listener(self.probe)
+        first = next(c for c in trainer.callbacks if isinstance(c, Monitor) and c.probe is self.probe)
+        self.listener = Listener(self.probe) if first is self else first.listener
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._begin(trainer, pl_module, "val")

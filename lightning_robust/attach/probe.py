@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.attach.batches import Path, as_path, described, get, leaves, rebuilt, shown
-from lightning_robust.attach.reading import Reading, copied
+from lightning_robust.attach.batches import Path, as_path, copied, described, get, leaves, rebuilt, shown
+from lightning_robust.attach.reading import Reading
 from lightning_robust.attach.route import Route, call_at, outputs_into, producer_of, target_of
 from lightning_robust.attach.step import Step, defines
 from lightning_robust.attach.watcher import LossWatcher, ProbeError, Stop, quiet, run_until_stop

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_robust.attach.batches import get, rebuilt, resized, shown
+from lightning_robust.attach.batches import copied, get, rebuilt, resized, shown
 from lightning_robust.attach.route import Route
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import ProbeError
@@ -17,7 +17,7 @@ from lightning_robust.randomness import RandomState, untouched_random_state
 if TYPE_CHECKING:
     from lightning_robust.attach.probe import Probe
 
-__all__ = ["Reading", "copied"]
+__all__ = ["Reading"]
 
 
 class Reading:
@@ -35,6 +35,11 @@ class Reading:
         self.x: Tensor = get(step.batch, route.input)
         self.call: LossCall | None = None
         self._draws: bool | None = None  # whether the step draws random numbers before its loss
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose step is read."""
+        return self._step.module
 
     @property
     def found(self) -> str:
@@ -98,9 +103,3 @@ class Reading:
     def batch_with(self, x: Tensor) -> Any:
         """The batch with ``x`` in the place of the input: new containers, everything else as it was."""
         return rebuilt(self._step.batch, {self._route.input: x})
-
-
-def copied(leaf: Any) -> Any:
-    """A copy of a tensor, anything else as it is."""
-    # Outside inference mode a clone of an inference tensor is a normal one.
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf

@@ -9,24 +9,26 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_robust.attach.batches import Path, copied, get, rebuilt
 from lightning_robust.attach.patch import patch
 from lightning_robust.attach.step import Step
-from lightning_robust.attach.watcher import LossWatcher
+from lightning_robust.attach.watcher import LossWatcher, is_unheard, unheard
 from lightning_robust.losses import LossCall
-from lightning_robust.randomness import RandomState
+from lightning_robust.randomness import RandomState, untouched_random_state
 
-__all__ = ["Handle", "install"]
+__all__ = ["Handle", "install", "leave_weights", "perturbed", "robust_loss"]
 
 Feed = Callable[[Step], Any]
 Before = Callable[[Step], None]
 Add = Callable[[Step, LossCall | None, RandomState], Mapping[str, Tensor]]
 Under = Callable[[Step], AbstractContextManager[Any]]
+Track = Callable[[Step], Path]
 
 _SEAM = "_lightning_robust_seam"
 
@@ -40,8 +42,11 @@ class Handle:
     before: Before | None = None
     add: Add | None = None
     under: Under | None = None
+    track: Track | None = None
     loss_index: int = 0
     adversary: bool = False
+    at: str = "fed"
+    by_hand: bool = False
     _detach: Callable[[Handle], None] | None = None
 
     def detach(self) -> None:
@@ -51,9 +56,67 @@ class Handle:
             detach(self)
 
 
+class _Running:
+    """The training step that is running, for what is added to it and for who calls us out of it."""
+
+    def __init__(self, clean: Step, fed: Step, handles: list[Handle]) -> None:
+        self.clean, self.fed = clean, fed
+        self.adding = [handle for handle in handles if handle.add is not None]
+        self.feeding_by_hand = [handle for handle in handles if handle.by_hand and handle.feed is not None]
+        self.unused = {handle.owner for handle in handles if handle.by_hand}
+        self.state = RandomState.capture()
+        self.watchers = {handle.loss_index: LossWatcher(handle.loss_index) for handle in self.adding}
+
+    def run(self) -> Any:
+        batch = self.tracked()
+        with ExitStack() as watched:
+            for watcher in self.watchers.values():
+                watched.enter_context(watcher)
+            return self.fed.with_batch(batch).run()
+
+    def tracked(self) -> Any:
+        """A copy of the batch for the user's step, with inputs that lead back to leaves which penalties know.
+
+        A copy, since steps write into their batch, and what is added reads it once more.
+        """
+        paths = {handle.track(self.fed) for handle in self.adding if handle.track and self._step_of(handle) is self.fed}
+        tracked = {path: get(self.fed.batch, path).detach().clone().requires_grad_() for path in paths}
+        self.fed = replace(self.fed, tracked=tracked)
+        return rebuilt(self.fed.batch, {path: leaf.clone() for path, leaf in tracked.items()}, copied)
+
+    def perturbed(self, batch: Any) -> Any:
+        """What :func:`perturbed` returns, from the random state that the step started from."""
+        with untouched_random_state():
+            self.state.restore()
+            step = self.clean.with_batch(batch)
+            for handle in self.feeding_by_hand:
+                if handle.feed is not None:
+                    step = step.with_batch(handle.feed(step))
+                    self.unused.discard(handle.owner)
+        self.fed = step
+        return self.tracked()
+
+    def added(self, *, by_hand: bool) -> Tensor | float:
+        """The sum of what handles add."""
+        total: Tensor | float = 0.0
+        with unheard():
+            for handle in self.adding:
+                if handle.add is None or handle.by_hand is not by_hand:
+                    continue
+                step, call = self._step_of(handle), self.watchers[handle.loss_index].call
+                for term in handle.add(step, call if step is self.fed else None, self.state).values():
+                    total = total + term
+                self.unused.discard(handle.owner)
+        return total
+
+    def _step_of(self, handle: Handle) -> Step:
+        return self.fed if handle.at == "fed" or self.fed.batch is self.clean.batch else self.clean
+
+
 @dataclass
 class _Seam:
     handles: list[Handle] = field(default_factory=list)
+    running: _Running | None = None
     undo: Callable[[], None] | None = None
     weights: ExitStack = field(default_factory=ExitStack)
 
@@ -69,8 +132,11 @@ def install(
     before: Before | None = None,
     add: Add | None = None,
     under: Under | None = None,
+    track: Track | None = None,
     loss_index: int = 0,
     adversary: bool = False,
+    at: str = "fed",
+    by_hand: bool = False,
 ) -> Handle:
     """Attach to the ``training_step`` of one module instance.
 
@@ -84,8 +150,14 @@ def install(
             that the step started from.
         under: ``(step) -> context manager``: entered before the step, left after its backward pass
             (:func:`leave_weights`).
+        track: ``(step) -> path``: the input that ``add`` differentiates by. It then finds its leaf, part of the graph
+            of the loss call, in ``step.tracked``.
         loss_index: Which loss call of the step ``add`` is about.
         adversary: Whether ``before`` crafts; who feeds always does. A step has one adversary.
+        at: ``"fed"``, or ``"clean"`` where ``add`` is about the batch before it was fed (it is then given no loss
+            call).
+        by_hand: The step itself asks for the batch that it is fed (:func:`perturbed`) and for what is added
+            (:func:`robust_loss`).
 
     Returns:
         A handle; ``detach()`` ends it.
@@ -110,7 +182,9 @@ def install(
     if seam.undo is None:
         seam.undo = patch(module, "training_step", _dispatch)
         vars(module)[_SEAM] = seam
-    handle = Handle(owner, feed, before, add, under, loss_index, adversary or feed is not None)
+    handle = Handle(
+        owner, feed, before, add, under, track, loss_index, adversary or feed is not None, at=at, by_hand=by_hand
+    )
     seam.handles.append(handle)
 
     def detach(gone: Handle) -> None:
@@ -133,25 +207,39 @@ def leave_weights(module: nn.Module) -> None:
         seam.weights.close()
 
 
+def perturbed(module: nn.Module, batch: Any) -> Any:
+    """The batch that callbacks feed by hand; the same batch outside of a training step, and while a step is read."""
+    seam: _Seam | None = vars(module).get(_SEAM)
+    return batch if seam is None or seam.running is None or is_unheard() else seam.running.perturbed(batch)
+
+
+def robust_loss(module: nn.Module, loss: Tensor) -> Tensor:
+    """``loss`` with what callbacks add by hand; the same loss outside of a training step, and while a step is read."""
+    seam: _Seam | None = vars(module).get(_SEAM)
+    if seam is None or seam.running is None or is_unheard():
+        return loss
+    return loss + seam.running.added(by_hand=True)
+
+
 def _dispatch(self: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     seam: _Seam = vars(self)[_SEAM]
     if not _in_training(self):
         return original(*args, **kwargs)
     args = inspect.signature(original).bind(*args, **kwargs).args if kwargs else args
     handles = list(seam.handles)
-    step = Step(self, "training_step", original, args)
+    clean = fed = Step(self, "training_step", original, args)
     for handle in handles:
-        if handle.feed is not None:
-            step = step.with_batch(handle.feed(step))
+        if handle.feed is not None and not handle.by_hand:
+            fed = fed.with_batch(handle.feed(fed))
     seam.weights.close()
     try:
         for handle in handles:
             if handle.under is not None:
-                seam.weights.enter_context(handle.under(step))
+                seam.weights.enter_context(handle.under(fed))
         for handle in handles:
             if handle.before is not None:
-                handle.before(step)
-        output = _run_and_add(step, [handle for handle in handles if handle.add is not None])
+                handle.before(fed)
+        output = _run_and_add(seam, clean, fed, handles)
     except BaseException:
         seam.weights.close()
         raise
@@ -168,22 +256,22 @@ def _in_training(module: Any) -> bool:
         return True
 
 
-def _run_and_add(step: Step, adding: list[Handle]) -> Any:
-    if not adding:
-        return step.run()
-    state = RandomState.capture()
-    watchers = {index: LossWatcher(index) for index in {handle.loss_index for handle in adding}}
-    with ExitStack() as watched:
-        for watcher in watchers.values():
-            watched.enter_context(watcher)
-        output = step.run()
+def _run_and_add(seam: _Seam, clean: Step, fed: Step, handles: list[Handle]) -> Any:
+    if not any(handle.add is not None or handle.by_hand for handle in handles):
+        return fed.run()
+    running = seam.running = _Running(clean, fed, handles)
+    try:
+        output = running.run()
+    finally:
+        seam.running = None
     if output is None:
         return None
-    total: Tensor | float = 0.0
-    for handle in adding:
-        if handle.add is not None:
-            for term in handle.add(step, watchers[handle.loss_index].call, state).values():
-                total = total + term
+    total = running.added(by_hand=False)
+    if running.unused:
+        raise RuntimeError(
+            f"{', '.join(sorted(running.unused))}: {type(fed.module).__name__} says that its training_step does this "
+            "by hand (by_hand = True), but the step called neither self.perturbed(batch) nor self.robust_loss(loss)."
+        )
     return _plus(output, total)
 
 

@@ -69,7 +69,7 @@ class LossWatcher(TorchFunctionMode):
             self.count += 1
         elif func in _SQUASHING and args and isinstance(args[0], Tensor):
             self.hint = f"{getattr(func, '__name__', 'a softmax')} of a tensor {tuple(args[0].shape)} {_place()}"
-        elif self.stop and func in _TO_PYTHON:
+        elif func in _TO_PYTHON and args:
             args = (args[0].detach(), *args[1:])
         return func(*args, **kwargs)
 

@@ -139,11 +139,13 @@ class AdversarialTraining(RobustCallback):
                 str(self),
                 before=self._craft_once,
                 add=self._divergence,
+                feed=self._fed if self.by_hand else None,
                 loss_index=loss_index,
                 adversary=True,
+                by_hand=self.by_hand,
             )
         else:
-            handle = install(pl_module, str(self), feed=self._fed)
+            handle = install(pl_module, str(self), feed=self._fed, by_hand=self.by_hand)
         self.on_detach(handle.detach)
         self.on_detach(self._forget)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import zoo
 
+from lightning_robust.attach.batches import copied
 from lightning_robust.attach.probe import Probe
-from lightning_robust.attach.reading import copied
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import ProbeError
 
