@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         SaliencySnapshots,
         TemperatureScaling,
     )
+    from lightning_robust.mixins import CalibratedMixin, RobustTrainingMixin
     from lightning_robust.modes import frozen
     from lightning_robust.penalties import InputGradientPenalty, RightReasons
     from lightning_robust.pixels import PixelSpace
@@ -31,12 +32,14 @@ __all__ = [
     "NFGSM",
     "PGD",
     "AdversarialTraining",
+    "CalibratedMixin",
     "CalibrationMonitor",
     "InputGradientPenalty",
     "OODMonitor",
     "PixelSpace",
     "RightReasons",
     "RobustAccuracy",
+    "RobustTrainingMixin",
     "SaliencyRegularization",
     "SaliencySnapshots",
     "TemperatureScaling",
@@ -52,12 +55,14 @@ _HOME = {
     "NFGSM": "attacks",
     "PGD": "attacks",
     "AdversarialTraining": "callbacks",
+    "CalibratedMixin": "mixins",
     "CalibrationMonitor": "callbacks",
     "InputGradientPenalty": "penalties",
     "OODMonitor": "callbacks",
     "PixelSpace": "pixels",
     "RightReasons": "penalties",
     "RobustAccuracy": "callbacks",
+    "RobustTrainingMixin": "mixins",
     "SaliencyRegularization": "callbacks",
     "SaliencySnapshots": "callbacks",
     "TemperatureScaling": "callbacks",

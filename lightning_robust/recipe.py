@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import re
 import sys
@@ -142,7 +143,7 @@ def instantiate(recipe: Recipe, folder: Path, *, log: bool = True) -> tuple[Any,
     Raises:
         RecipeError: If a value does not fit what it is for; jsonargparse says how.
     """
-    resolved = recipe.resolved
+    resolved = copy.deepcopy(recipe.resolved)  # jsonargparse writes into nested dicts
     model = imported(resolved["model"]["class_path"], "model.class_path")
     lightning = namespace_of(model)
     parts = {"save_dir": str(folder.parent.parent), "name": folder.parent.name, "version": _version(folder.name)}

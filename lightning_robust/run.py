@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_robust import _version
-from lightning_robust.attach.base import show_text
+import torch
+
+from lightning_robust import _version, report
+from lightning_robust.attach.base import sections, show_text
+from lightning_robust.attach.checkpoint import rewrite
 from lightning_robust.attach.step import defines
 from lightning_robust.recipe import Recipe, RecipeError, compose, instantiate
 
@@ -30,7 +32,7 @@ class Results:
         recipe: Name of the recipe.
         run: Folder of the run.
         checkpoint: The weights that the metrics belong to.
-        metrics: Everything logged on the test data, by log key.
+        metrics: Everything logged on the test data, and how saliency drifted in training, by log key.
         seed: Of the run.
         seconds: Wall time of training and testing.
         resolved: The recipe as it was built.
@@ -99,9 +101,34 @@ def fit(
         (folder / RESOLVED).write_text(recipe.resolved_yaml)
         for tag, text in {"recipe/raw": recipe.raw_yaml, "recipe/resolved": recipe.resolved_yaml}.items():
             show_text(trainer, tag, f"```yaml\n{text}```")
+    if trainer.max_epochs == 0:
+        calibrated = _calibrate(trainer, module, data, recipe, folder)
+        return _report(trainer, module, data, recipe, stem, folder, calibrated, start)
     trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
+    drift = {key: float(value) for key, value in trainer.callback_metrics.items() if _area(key) == "saliency"}
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
-    return _report(trainer, module, data, recipe, stem, folder, best, start)
+    return _report(trainer, module, data, recipe, stem, folder, best, start, drift)
+
+
+def _calibrate(trainer: Any, module: Any, data: Any, recipe: Recipe, folder: Path) -> str:
+    """Without training: measure an existing checkpoint, and leave a copy of it with what was measured inside."""
+    path = (recipe.resolved.get("vars") or {}).get("checkpoint")
+    if not path or not Path(path).is_file():
+        raise RecipeError(
+            f"this recipe trains nothing (trainer.max_epochs=0), it measures a checkpoint: vars.checkpoint=best.ckpt, "
+            f"and model.class_path= and data.class_path= of what it belongs to; got vars.checkpoint={path!r}."
+        )
+    trainer.validate(module, datamodule=data, ckpt_path=str(path), verbose=False)
+    measured = sections(trainer)
+    step = int(torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("global_step", 0))
+    for name in [name for name in measured if name.split(".")[0] == "calibration"]:
+        if "temperature" in measured[name]:
+            measured[name]["fit_step"] = step  # the weights are those of this step, whatever the Trainer has counted
+    copy = folder / "checkpoints" / "calibrated.ckpt"
+    if trainer.is_global_zero:
+        rewrite(path, measured, _version.__version__, to=copy)
+    trainer.strategy.barrier()
+    return str(copy)
 
 
 def evaluate(run: str | Path, overrides: Sequence[str] = (), *, checkpoint: str | None = None) -> Results | None:
@@ -114,14 +141,15 @@ def evaluate(run: str | Path, overrides: Sequence[str] = (), *, checkpoint: str 
     """
     start, folder = time.monotonic(), Path(run)
     recipe = compose(folder / RAW, overrides)
+    known = Results.read(folder) if (folder / RESULTS).is_file() else None
     if checkpoint is None:
-        known = Results.read(folder).checkpoint if (folder / RESULTS).is_file() else None
-        checkpoint = known or str(_last_checkpoint(folder))
+        checkpoint = (known and known.checkpoint) or str(_last_checkpoint(folder))
+    drift = {key: value for key, value in (known.metrics if known else {}).items() if _area(key) == "saliency"}
     trainer, module, data = instantiate(recipe, folder, log=False)  # the curves of the run stay as they are
     with warnings.catch_warnings():
         # Of ModelCheckpoint, if the run was moved: nothing is saved here, so it does not matter.
         warnings.filterwarnings("ignore", message="The dirpath has changed")
-        return _report(trainer, module, data, recipe, folder.parent.name, folder, checkpoint, start, write=False)
+        return _report(trainer, module, data, recipe, folder.parent.name, folder, checkpoint, start, drift, write=False)
 
 
 def _report(
@@ -133,6 +161,7 @@ def _report(
     folder: Path,
     checkpoint: str | None,
     start: float,
+    drift: dict[str, float] | None = None,
     write: bool = True,
 ) -> Results | None:
     if not defines(module, "test_step") or not any(
@@ -142,6 +171,7 @@ def _report(
     trainer.test(module, datamodule=data, ckpt_path=checkpoint, verbose=False)
     tested = {key: float(value) for key, value in trainer.callback_metrics.items() if "test" in key.split("/")[:2]}
     seed = recipe.resolved.get("seed", 0)
+    tested |= drift or {}
     results = Results(name, str(folder), checkpoint, tested, seed, round(time.monotonic() - start, 1), recipe.resolved)
     if write and trainer.is_global_zero:
         results.write()
@@ -150,53 +180,8 @@ def _report(
 
 
 def table(columns: Sequence[Results]) -> str:
-    """Results side by side as a Markdown table, one row a metric, in percent where it is an accuracy.
-
-    Example:
-        >>> metrics = {"robust/test/clean_accuracy": 0.976}
-        >>> one = Results("quickstart", "runs/quickstart/version_0", None, metrics, 0, 1.0, {})
-        >>> print(table([one]))
-        | on held-out test data | quickstart |
-        | --- | ---: |
-        | clean accuracy | 97.6 % |
-    """
-    rows = [("on held-out test data", *(result.recipe for result in columns))]
-    metrics = {key: value for result in reversed(columns) for key, value in result.metrics.items()}
-    for key in dict.fromkeys(key for result in columns for key in result.metrics):
-        label = _label(key, metrics)
-        if label is not None:
-            rows.append((label, *(_shown(key, result.metrics.get(key)) for result in columns)))
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "| --- |" + " ---: |" * len(columns))
-    return "\n".join(lines)
-
-
-def _label(key: str, metrics: Mapping[str, float]) -> str | None:
-    area, _, metric = key.partition("/test/")
-    if not metric or area.split(".")[0] != "robust":
-        return None
-    where = area.partition(".")[2]
-    suffix = f" ({where})" if where else ""
-    if metric == "accuracy":
-        attacks = [name for name in metrics if name.startswith(f"{area}/test/accuracy_")]
-        return f"accuracy, worst of {len(attacks)} attacks{suffix}" if len(attacks) > 1 else None
-    if metric.startswith("accuracy_"):
-        return f"accuracy under {_attack_label(metric.removeprefix('accuracy_'))}{suffix}"
-    return metric.replace("_", " ") + suffix
-
-
-def _attack_label(name: str) -> str:
-    match = re.fullmatch(r"pgd(\d+)(?:x(\d+))?_(\w+?)_([\d.e-]+)", name)
-    if not match:
-        return name
-    restarts = f" with {match[2]} restarts" if match[2] else ""
-    return f"PGD-{match[1]}{restarts}, {match[3]} {match[4]}"
-
-
-def _shown(key: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f} %" if "accuracy" in key else f"{value:.3f}"
+    """Results side by side as a Markdown table; see :func:`lightning_robust.report.table`."""
+    return report.table([(result.recipe, result.metrics) for result in columns])
 
 
 def latest(output: str | Path, name: str, *, finished: bool = False) -> Path | None:
@@ -220,6 +205,10 @@ def tensorboard_command(output: str | Path) -> str:
     except ValueError:
         program = "tensorboard"
     return f"{program} --logdir {output}"
+
+
+def _area(key: str) -> str:
+    return key.split("/")[0].split(".")[0]
 
 
 def _version_of(run: Path) -> int:

@@ -29,7 +29,7 @@ else:
         _bases += (_LightningCallback,)
     _Callback = type("_Callback", _bases, {})
 
-__all__ = ["RobustCallback", "log", "show_image", "show_text"]
+__all__ = ["RobustCallback", "log", "sections", "show_image", "show_text"]
 
 log = logging.getLogger("lightning_robust")
 
@@ -122,7 +122,7 @@ class RobustCallback(_Callback):
         first = next(c for c in trainer.callbacks if isinstance(c, RobustCallback))
         if first is self:
             # One patch for all of us, in the hands of the first.
-            self.on_detach(record_into_every_checkpoint(pl_module, lambda: _sections(trainer), __version__))
+            self.on_detach(record_into_every_checkpoint(pl_module, lambda: sections(trainer), __version__))
         rows = "\n".join(f"| {name} | `{value}` |" for name, value in self.settings().items())
         show_text(trainer, self.key("settings", type(self).__name__), f"| setting | value |\n|---|---|\n{rows}")
         self.attach(trainer, pl_module)
@@ -138,7 +138,7 @@ class RobustCallback(_Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # For full checkpoints after fit, when the module is no longer patched.
-        write_entry(checkpoint, _sections(trainer), __version__)
+        write_entry(checkpoint, sections(trainer), __version__)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         try:
@@ -193,7 +193,8 @@ def show_image(trainer: Any, tag: str, picture: Tensor) -> None:
                 logger.experiment.add_image(tag, picture, trainer.global_step)
 
 
-def _sections(trainer: Any) -> dict[str, Any]:
+def sections(trainer: Any) -> dict[str, Any]:
+    """What all callbacks of a Trainer leave in its checkpoints, by section."""
     merged: dict[str, Any] = {}
     for callback in trainer.callbacks:
         if isinstance(callback, RobustCallback):

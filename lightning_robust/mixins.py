@@ -1,0 +1,137 @@
+"""The same pieces for people who write their own modules: mixins that attach them, or call them from a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_robust.attach.checkpoint import read_entry
+from lightning_robust.attach.scaling import route_of, scale_output, stored_temperature
+from lightning_robust.attach.seam import perturbed, robust_loss
+from lightning_robust.attacks import NFGSM, PGD, ThreatModel
+from lightning_robust.callbacks import AdversarialTraining, SaliencyRegularization
+from lightning_robust.penalties import InputGradientPenalty, RightReasons
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule as _Module
+else:
+    _Module = object  # a Lightning base of either namespace comes from the user's own class
+
+__all__ = ["CalibratedMixin", "RobustTrainingMixin"]
+
+
+class RobustTrainingMixin(_Module):
+    """A LightningModule that names its defences once, and trains with them in every Trainer.
+
+    List it before the Lightning base. Callbacks of :meth:`configure_robustness` are attached by Lightning through
+    ``configure_callbacks``; the weights are bitwise those of a run with the same callbacks given to the Trainer.
+
+    With ``by_hand = True`` the module's own ``training_step`` calls :meth:`perturbed` and :meth:`robust_loss`, and the
+    defences touch nothing else. A step that calls neither is an error.
+
+    Attributes:
+        by_hand: Whether ``training_step`` calls the defences itself.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from torch.nn.functional import cross_entropy
+        >>> class MyModule(RobustTrainingMixin, pl.LightningModule):
+        ...     by_hand = True
+        ...
+        ...     def configure_robustness(self):
+        ...         return [ThreatModel("linf", eps=8 / 255), InputGradientPenalty()]
+        ...
+        ...     def training_step(self, batch, batch_idx):
+        ...         x, y = self.perturbed(batch)
+        ...         return self.robust_loss(cross_entropy(self.net(x), y))
+        >>> MyModule().configure_callbacks()
+        [<...AdversarialTraining object at ...>, <...SaliencyRegularization object at ...>]
+    """
+
+    by_hand: bool = False
+
+    def configure_robustness(self) -> Sequence[Any]:
+        """The defences: callbacks, attacks or threat models (trained against), penalties (added); for the user.
+
+        A bare attack or threat model stands for ``AdversarialTraining(it)``, a bare penalty for
+        ``SaliencyRegularization(it)``.
+        """
+        return []
+
+    def configure_callbacks(self) -> list[Any]:
+        """Lightning's hook: the defences, behind the callbacks of other bases."""
+        defences = [_callback(defence) for defence in self.configure_robustness()]
+        for defence in defences:
+            if isinstance(defence, (AdversarialTraining, SaliencyRegularization)):
+                defence.by_hand = self.by_hand
+        others = super().configure_callbacks()
+        return [*(others if isinstance(others, Sequence) else [others]), *defences]
+
+    def perturbed(self, batch: Any) -> Any:
+        """The batch with its input attacked; only the input differs.
+
+        To be called at the start of ``training_step``, with the batch as the step got it. In evaluation, without a
+        Trainer, and without an attack among the defences it returns the batch as it is.
+        """
+        return perturbed(self, batch)
+
+    def robust_loss(self, loss: Tensor) -> Tensor:
+        """``loss`` plus the weighted terms of the defences (penalties, TRADES' divergence).
+
+        To be called once, at the end of ``training_step``, with the loss that is to be returned or differentiated.
+        """
+        return robust_loss(self, loss)
+
+
+def _callback(defence: Any) -> Any:
+    if isinstance(defence, (PGD, NFGSM, ThreatModel)):
+        return AdversarialTraining(defence, "n-fgsm" if isinstance(defence, NFGSM) else "madry")
+    if isinstance(defence, (InputGradientPenalty, RightReasons)):
+        return SaliencyRegularization(defence)
+    return defence
+
+
+class CalibratedMixin(_Module):
+    """A LightningModule whose ``load_from_checkpoint`` brings its temperature along.
+
+    List it before the Lightning base. In eval mode, outside of ``Trainer.fit``, the logits of a module that was loaded
+    from a checkpoint are divided by the temperature that :class:`~lightning_robust.TemperatureScaling` stored there, as
+    :func:`~lightning_robust.calibrated` does it. Checkpoints without a temperature load as ever.
+
+    Attributes:
+        temperature: What was loaded; None if there was none.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> class MyModule(CalibratedMixin, pl.LightningModule): ...
+        >>> MyModule().temperature is None
+        True
+    """
+
+    temperature: float | None = None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook: take the temperature over."""
+        super().on_load_checkpoint(checkpoint)
+        undo, self._unscale = getattr(self, "_unscale", None), None
+        if undo is not None:
+            undo()
+        self.temperature = None
+        try:
+            entry = read_entry(checkpoint)
+            temperature = stored_temperature(entry)
+        except KeyError:
+            return
+        route = route_of(entry)
+        if route is None:
+            return
+        self.temperature = temperature
+        self._unscale = scale_output(self, route, self._present_temperature)
+
+    def _present_temperature(self) -> float | None:
+        trainer = self._trainer
+        # While it is fitted, validation has to see the logits that are trained.
+        fitting = trainer is not None and trainer.state.fn == "fit"
+        return None if self.training or fitting else self.temperature
