@@ -11,7 +11,7 @@ from lightning_robust.attach.checkpoint import read_entry
 from lightning_robust.attach.scaling import route_of, scale_output, stored_temperature
 from lightning_robust.attach.seam import perturbed, robust_loss
 from lightning_robust.attacks import NFGSM, PGD, ThreatModel
-from lightning_robust.callbacks import AdversarialTraining, SaliencyRegularization
+from lightning_robust.callbacks import AdversarialTraining, SaliencyRegularization, TemperatureScaling
 from lightning_robust.penalties import InputGradientPenalty, RightReasons
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class RobustTrainingMixin(_Module):
     def perturbed(self, batch: Any) -> Any:
         """The batch with its input attacked; only the input differs.
 
-        To be called at the start of ``training_step``, with the batch as the step got it. In evaluation, without a
-        Trainer, and without an attack among the defences it returns the batch as it is.
+        To be called once, at the start of ``training_step``, with the batch as the step got it. In evaluation, without
+        a Trainer, and without an attack that feeds the step (TRADES attacks beside it) it returns the batch as it is.
         """
         return perturbed(self, batch)
 
@@ -131,7 +131,12 @@ class CalibratedMixin(_Module):
         self._unscale = scale_output(self, route, self._present_temperature)
 
     def _present_temperature(self) -> float | None:
-        trainer = self._trainer
-        # While it is fitted, validation has to see the logits that are trained.
-        fitting = trainer is not None and trainer.state.fn == "fit"
-        return None if self.training or fitting else self.temperature
+        return None if self.training or (self._trainer and _sees_raw_logits(self._trainer)) else self.temperature
+
+
+def _sees_raw_logits(trainer: Any) -> bool:
+    state = trainer.state
+    if state.fn in ("test", "predict") and state.status == "running":  # a callback may divide already
+        return any(isinstance(callback, TemperatureScaling) and callback.apply for callback in trainer.callbacks)
+    # While it is fitted, validation has to see the logits that are trained.
+    return bool(state.fn == "fit")

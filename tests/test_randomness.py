@@ -6,9 +6,18 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kstest
 from torch import Tensor
 
-from lightning_robust.randomness import RandomState, normal, reseed, seeded, uniform, untouched_random_state
+from lightning_robust.randomness import (
+    RandomState,
+    normal,
+    priorities,
+    reseed,
+    seeded,
+    uniform,
+    untouched_random_state,
+)
 
 DRAWS: list[Callable[..., Tensor]] = [uniform, normal]
 
@@ -107,3 +116,64 @@ def test_a_captured_state_can_be_replayed() -> None:
     first = draw_from_all_streams()
     state.restore()
     assert draw_from_all_streams() == first
+
+
+# -- priorities ------------------------------------------------------------------------------------------------------
+
+KEYS: dict[str, Tensor] = {
+    "in a row": torch.arange(100_000),
+    "far apart": torch.arange(100_000) << 24,
+    "pixels of pictures": (torch.arange(100)[:, None] * 2**24 + torch.arange(1000)).flatten(),
+    "negative": -torch.arange(1, 100_001),
+    "large": torch.arange(2**62, 2**62 + 100_000),
+}
+
+
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS.keys())
+def test_priorities_are_uniform_and_all_different(keys: Tensor) -> None:
+    found = priorities(keys, 0)
+    assert found.dtype == torch.float64
+    assert float(found.min()) >= 0
+    assert float(found.max()) < 1
+    assert len(found.unique()) == len(keys)
+    assert kstest(found.numpy(), "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS.keys())
+def test_priorities_of_neighbouring_keys_and_seeds_are_unrelated(keys: Tensor) -> None:
+    base = priorities(keys, 0)
+    others = [priorities(keys + 1, 0), priorities(keys, 1), priorities(keys, -1), priorities(keys, 2**70)]
+    off_diagonal = torch.corrcoef(torch.stack([base, *others])) - torch.eye(5, dtype=torch.float64)
+    assert float(off_diagonal.abs().max()) < 5 / len(keys) ** 0.5
+
+
+def test_a_priority_is_a_function_of_seed_and_key_alone() -> None:
+    keys = torch.arange(1000)
+    whole = priorities(keys, 7)
+    order = torch.randperm(1000)
+    assert torch.equal(priorities(keys[order], 7), whole[order])
+    assert torch.equal(torch.cat([priorities(part, 7) for part in keys.split(13)]), whole)
+    assert torch.equal(priorities(keys.int(), 7), whole)
+    assert not torch.equal(priorities(keys, 8), whole)
+    assert len(priorities(keys[:0], 7)) == 0
+
+
+def test_priorities_are_the_same_numbers_in_years_to_come() -> None:
+    """SplitMix64, once more, in Python's own integers: checkpoints of two versions keep the same samples."""
+    import hashlib
+
+    def by_hand(key: int, seed: int) -> float:
+        start = int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=8).digest(), "little")
+        z = (key * 0x9E3779B97F4A7C15 + start) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return ((z ^ (z >> 31)) >> 11) / 2**53
+
+    keys = [0, 1, 2, 2**24, 2**40 + 3, 2**62]
+    assert priorities(torch.tensor(keys), 3).tolist() == [by_hand(key, 3) for key in keys]
+
+
+def test_priorities_leave_the_global_streams_alone() -> None:
+    state = RandomState.capture()
+    priorities(torch.arange(100), 0)
+    assert state.is_current()

@@ -17,7 +17,7 @@ TENSORS = (
     *("pixels", "modes", "protocols", "losses", "randomness", "pictures"),
 )
 LIGHTNING = ("attach", "callbacks", "mixins")
-RUNS = ("cli", "recipe", "recipe_keys", "run", "audit", "tensorboard", "demo")
+RUNS = ("cli", "recipe", "recipe_keys", "report", "run", "audit", "tensorboard", "demo")
 NAMESPACES = ("lightning", "pytorch_lightning", "lightning_fabric")
 NAMES = [name for name in lightning_robust.__all__ if name != "__version__"]
 

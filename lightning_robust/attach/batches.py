@@ -144,15 +144,17 @@ def resized(batch: Any, n: int, wanted: int) -> Any:
             return leaf[torch.arange(wanted, device=leaf.device) % n]
         return leaf
 
-    def lists(node: Any) -> Any:
+    changed: dict[Path, Any] = {}
+    for path, _ in leaves(batch):
+        node = get(batch, path[:-1])
         # Names, ids and other things that are no tensors come as lists with one entry a sample.
-        if isinstance(node, (list, tuple)) and len(node) == n and not any(isinstance(v, (Tensor, list)) for v in node):
-            return [node[i % n] for i in range(wanted)]
-        return node
-
-    replace = {path[:-1]: lists(get(batch, path[:-1])) for path, _ in leaves(batch) if path and path[-1] == n - 1}
-    changed = {path: node for path, node in replace.items() if len(node) == wanted and path}
+        if path[1:] and type(node) in (list, tuple) and len(node) == n and not any(map(_has_parts, node)):
+            changed[path[:-1]] = type(node)(node[i % n] for i in range(wanted))
     return rebuilt(batch, changed, rows)
+
+
+def _has_parts(entry: Any) -> bool:
+    return isinstance(entry, Tensor) or _items(entry) is not None
 
 
 def shown(path: Path) -> str:

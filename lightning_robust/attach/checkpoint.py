@@ -44,8 +44,13 @@ def write_entry(checkpoint: dict[str, Any], sections: Mapping[str, Any], version
         entry[name] = {**entry.get(name, {}), **content} if isinstance(content, Mapping) else content
 
 
-def read_entry(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+def read_entry(source: str | Path | Mapping[str, Any], *, weights_only: bool = True) -> dict[str, Any]:
     """The entry of a checkpoint, from its path or from the loaded dict.
+
+    Args:
+        source: The checkpoint.
+        weights_only: ``False`` for a file that holds objects of somebody's classes (a module that saved one among its
+            hyper-parameters), if you trust whoever wrote it: loading runs code.
 
     Returns:
         ``format``, ``written_by``, ``global_step``, ``epoch`` and one section per kind of measurement.
@@ -60,7 +65,7 @@ def read_entry(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """
     loaded: Any = source
     if isinstance(source, (str, Path)):
-        loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(source, map_location="cpu", weights_only=weights_only, mmap=True)
     if KEY not in loaded:
         raise KeyError(f"no {KEY!r} entry in this checkpoint; it was saved by a run without callbacks of this package.")
     entry: dict[str, Any] = loaded[KEY]
@@ -80,11 +85,14 @@ def rewrite(path: str | Path, sections: Mapping[str, Any], version: str, to: str
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     write_entry(checkpoint, sections, version)
-    target = Path(path if to is None else to)
+    target = Path(path if to is None else to).resolve()  # a link stays one
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(target.name + ".part")
-    torch.save(checkpoint, beside)
-    beside.replace(target)
+    try:
+        torch.save(checkpoint, beside)
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def record_into_every_checkpoint(module: nn.Module, sections: Sections, version: str) -> Callable[[], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,11 @@ class Listener:
         if self._open == (batch_idx, loader) and self._step is not None:
             return self._step
         self.close()
+        if batch is None:  # all that Lightning has to hand over where a step fetches its batches itself
+            raise ProbeError(
+                f"{STEPS[stage][0]} of {type(module).__name__} takes an iterator instead of a batch (dataloader_iter); "
+                "there is no batch to read. Take (batch, batch_idx), or leave this callback out."
+            )
         several = len(evaluation_loaders(trainer)) > 1
         precision = trainer.precision_plugin
         self._context = precision.test_step_context if stage == "test" else precision.val_step_context
@@ -167,8 +172,15 @@ class Listener:
         if runs and self.probe.logits_fn is None:
             watcher = LossWatcher(self.probe.loss_index, detach=True)
             self._end.enter_context(watcher)
-            return lambda: watcher.call
+            return lambda: watcher.call and self._retargeted(watcher.call)
         return lambda: self._read(step)
+
+    def _retargeted(self, call: LossCall) -> LossCall:
+        if self.probe.target_path is None:
+            return call
+        leaf = get(self._batch, self.probe.target_path)
+        conformed = call.conformed(leaf)
+        return replace(call, target=leaf if conformed is None else conformed)
 
     def _hook(self, step: Step, route: Route, loader: int) -> Callable[[], LossCall]:
         outputs: list[Tensor] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from statistics import mode
 from typing import Any
 
 import torch
@@ -76,15 +77,19 @@ def transferred(trainer: Any, module: Any, batch: Any) -> Any:
 
 
 def size_of(batch: Any) -> int:
-    """How many samples a batch holds: the rows of its first tensor that has any.
+    """How many samples a batch holds: the number of rows that most of its tensors have.
 
     Raises:
         ValueError: If it holds no tensor with rows.
+
+    Example:
+        >>> size_of({"scale": torch.ones(1), "image": torch.ones(16, 3), "label": torch.ones(16)})
+        16
     """
-    for _path, leaf in leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return len(leaf)
-    raise ValueError(f"expected a batch with a tensor of samples in it, got {described(batch)}.")
+    rows = [len(leaf) for _path, leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+    if not rows:
+        raise ValueError(f"expected a batch with a tensor of samples in it, got {described(batch)}.")
+    return mode(rows)  # of several, the first
 
 
 def true_length(loader: Any, world: int) -> int:

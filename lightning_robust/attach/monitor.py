@@ -132,7 +132,7 @@ class Monitor(RobustCallback):
     def _before(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, loader: int, stage: str) -> None:
         if self._active(trainer, stage):
             step = self.listener.start(trainer, pl_module, stage, batch, batch_idx, loader)
-            if self._template is None and type(self).last is not Monitor.last:
+            if loader == 0 and self._template is None and type(self).last is not Monitor.last:
                 readable = self.listener.readable(stage)
                 self._template = readable.with_batch(rebuilt(batch, {}, copied))  # steps may write into their batch
             self.before(trainer, step, batch_idx, loader, stage)

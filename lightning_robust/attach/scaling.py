@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,19 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.attach.checkpoint import read_entry
+from lightning_robust.attach.patch import patch
 from lightning_robust.attach.route import Route, call_at
 from lightning_robust.attach.watcher import ProbeError, is_unheard
 
-__all__ = ["calibrated", "load_temperature", "route_of", "scale_output", "stored_temperature"]
+__all__ = [
+    "calibrated",
+    "load_temperature",
+    "preferred",
+    "route_of",
+    "routes_in",
+    "scale_output",
+    "stored_temperature",
+]
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def load_temperature(path: str | Path, *, name: str | None = None, strict: bool = False) -> float:
+def load_temperature(path: str | Path | Mapping[str, Any], *, name: str | None = None, strict: bool = False) -> float:
     """The temperature that was fitted for the weights in a checkpoint.
 
     Args:
-        path: A checkpoint that was saved while :class:`~lightning_robust.TemperatureScaling` was attached.
+        path: A checkpoint that was saved while :class:`~lightning_robust.TemperatureScaling` was attached; its path,
+            or the loaded dict, for files that ``torch.load(weights_only=True)`` does not open.
         name: Of that callback, if it has one.
         strict: Raise where the temperature was fitted at another step than the weights are from.
 
@@ -70,9 +82,11 @@ def calibrated(
         path: The checkpoint.
         module: Name of the submodule whose output is the logits, where the checkpoint does not know one.
         logits_fn: ``(module, x) -> logits`` where no submodule's output is; then ``forward`` returns these, scaled.
+            Inside of it ``module(x)`` is the forward that the class defines.
         name: Of the TemperatureScaling callback, if it has one.
         strict: Raise where the temperature is stale.
-        **init: Arguments of ``cls`` for ``load_from_checkpoint``.
+        **init: Arguments of ``cls`` and of its ``load_from_checkpoint``; ``weights_only=False`` opens files that hold
+            objects, and trusts whoever wrote them.
 
     Returns:
         The same class in eval mode; everything that uses the logits (``forward``, ``predict_step``) is calibrated.
@@ -81,12 +95,12 @@ def calibrated(
         KeyError: If the checkpoint has no temperature.
         ProbeError: If it does not say which submodule gives the logits, and neither ``module`` nor ``logits_fn`` does.
     """
-    entry = read_entry(path)
+    entry = read_entry(path, weights_only=init.get("weights_only") is not False)
     temperature = stored_temperature(entry, name=name, strict=strict)
-    loaded: Any = cls.load_from_checkpoint(path, map_location="cpu", **init)  # type: ignore[attr-defined]  # a LightningModule
+    loaded: Any = cls.load_from_checkpoint(path, **{"map_location": "cpu", **init})  # type: ignore[attr-defined]  # a LightningModule
     loaded.eval()
     if logits_fn is not None:
-        vars(loaded)["forward"] = lambda *args, **kwargs: logits_fn(loaded, *args, **kwargs) / temperature
+        _forward_from(loaded, logits_fn, temperature)
         return loaded  # type: ignore[no-any-return]  # of class `cls`
     route = route_of(entry, module)
     if route is None:
@@ -94,18 +108,37 @@ def calibrated(
             f"{path} does not record a submodule of {cls.__name__} whose output is the logits. Name it: "
             "calibrated(..., module='net.head'), or give calibrated(..., logits_fn=lambda module, x: ...)."
         )
-    scale_output(loaded, route, lambda: temperature)
+    scale_output(loaded, route, partial(float, temperature))
     return loaded  # type: ignore[no-any-return]  # of class `cls`
 
 
+def routes_in(entry: Mapping[str, Any]) -> list[Route]:
+    """The routes that a checkpoint's entry knows."""
+    return [Route.from_dict(plain) for plain in entry.get("route", {}).values()]
+
+
 def route_of(entry: Mapping[str, Any], module: str | None = None) -> Route | None:
-    """The route of an entry whose logits are a module's output; evaluation before training."""
-    routes = [Route.from_dict(plain) for plain in entry.get("route", {}).values()]
-    routes.sort(key=lambda route: ("validation_step", "test_step", "training_step").index(route.step))
-    if module is not None:
-        kind = routes[0].kind if routes else "cross_entropy"
-        return Route("validation_step", (), None, kind, module)
-    return next((route for route in routes if route.module is not None), None)
+    """The route of an entry whose logits are a module's output; that of ``module``, if it is named."""
+    routes = routes_in(entry)
+    if module is None:
+        return preferred(routes)
+    for route in _ordered(routes):
+        if route.module == module:
+            return route
+    kind = _ordered(routes)[0].kind if routes else "cross_entropy"
+    # Probabilities came out of the module that was recorded; this one is said to give logits.
+    kind = "binary_cross_entropy_with_logits" if kind == "binary_cross_entropy" else kind
+    return Route("validation_step", (), None, kind, module)
+
+
+def preferred(routes: Iterable[Route]) -> Route | None:
+    """The route whose logits are a module's output, of evaluation rather than training; None if there is none."""
+    return next((route for route in _ordered(routes) if route.module is not None), None)
+
+
+def _ordered(routes: Iterable[Route]) -> list[Route]:
+    # Training may go through another net than the one whose logits were fitted (a student beside its teacher).
+    return sorted(routes, key=lambda route: ("validation_step", "test_step", "training_step").index(route.step))
 
 
 def scale_output(module: nn.Module, route: Route, temperature: Callable[[], float | None]) -> Callable[[], None]:
@@ -114,12 +147,37 @@ def scale_output(module: nn.Module, route: Route, temperature: Callable[[], floa
     What this package reads (attacks, scores) stays as it is: hooks that listen come first, and our own reads are left
     alone.
     """
+    try:
+        source = module.get_submodule(route.module or "")
+    except AttributeError as error:
+        names = ", ".join(name for name, _ in module.named_modules() if name)
+        raise ProbeError(f"{type(module).__name__} has no submodule {route.module!r}; it has {names}.") from error
+    # Of a function of this file, so that a calibrated module can be pickled.
+    return source.register_forward_hook(partial(_scale, route, temperature)).remove
 
-    def scale(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        now = None if is_unheard() else temperature()
-        if now is None:
-            return None
-        call = call_at(route, output, torch.empty(0, device=output.device))
-        return call.scaled(now).logits.reshape(output.shape)
 
-    return module.get_submodule(route.module or "").register_forward_hook(scale).remove
+def _scale(
+    route: Route, temperature: Callable[[], float | None], _module: nn.Module, _args: Any, output: Any
+) -> Tensor | None:
+    # Strategies that wrap the module send whole steps through its hooks: those return no batch of logits.
+    now = temperature() if isinstance(output, Tensor) and output.ndim and not is_unheard() else None
+    if now is None:
+        return None
+    call = call_at(route, output, torch.empty(0, device=output.device))
+    return call.scaled(now).logits.reshape(output.shape)
+
+
+def _forward_from(module: nn.Module, logits_fn: Callable[..., Tensor], temperature: float) -> None:
+    """Give a module a forward that returns the logits of ``logits_fn``, divided by the temperature."""
+    inside: ContextVar[bool] = ContextVar("inside", default=False)
+
+    def forward(self: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if inside.get():  # `logits_fn` calls the module, and means the forward that it had
+            return original(*args, **kwargs)
+        token = inside.set(True)
+        try:
+            return logits_fn(self, *args, **kwargs) / temperature
+        finally:
+            inside.reset(token)
+
+    patch(module, "forward", forward)

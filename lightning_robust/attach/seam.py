@@ -62,13 +62,16 @@ class _Running:
     def __init__(self, clean: Step, fed: Step, handles: list[Handle]) -> None:
         self.clean, self.fed = clean, fed
         self.adding = [handle for handle in handles if handle.add is not None]
-        self.feeding_by_hand = [handle for handle in handles if handle.by_hand and handle.feed is not None]
-        self.unused = {handle.owner for handle in handles if handle.by_hand}
+        # Who adds (TRADES) attacks beside the step: its own batch stays as it is, by hand as otherwise.
+        self.feeding_by_hand = [h for h in handles if h.by_hand and h.feed is not None and h.add is None]
+        self.unused = {handle.owner: handle for handle in handles if handle.by_hand}
+        self.asked: Any = None
         self.state = RandomState.capture()
         self.watchers = {handle.loss_index: LossWatcher(handle.loss_index) for handle in self.adding}
 
     def run(self) -> Any:
-        batch = self.tracked()
+        # What is fed by hand is tracked when it is asked for: crafting does not start from inputs with a graph.
+        batch = rebuilt(self.fed.batch, {}, copied) if self.feeding_by_hand else self.tracked()
         with ExitStack() as watched:
             for watcher in self.watchers.values():
                 watched.enter_context(watcher)
@@ -86,13 +89,21 @@ class _Running:
 
     def perturbed(self, batch: Any) -> Any:
         """What :func:`perturbed` returns, from the random state that the step started from."""
+        if not self.feeding_by_hand:
+            return batch
+        if self.asked is not None:
+            raise RuntimeError(
+                f"{type(self.clean.module).__name__}.training_step calls self.perturbed(batch) twice. One step has one "
+                "attacked batch: call it once, with the whole batch, and keep what it returns."
+            )
+        self.asked = batch
         with untouched_random_state():
             self.state.restore()
             step = self.clean.with_batch(batch)
             for handle in self.feeding_by_hand:
                 if handle.feed is not None:
                     step = step.with_batch(handle.feed(step))
-                    self.unused.discard(handle.owner)
+                    self.unused.pop(handle.owner, None)
         self.fed = step
         return self.tracked()
 
@@ -106,7 +117,7 @@ class _Running:
                 step, call = self._step_of(handle), self.watchers[handle.loss_index].call
                 for term in handle.add(step, call if step is self.fed else None, self.state).values():
                     total = total + term
-                self.unused.discard(handle.owner)
+                self.unused.pop(handle.owner, None)
         return total
 
     def _step_of(self, handle: Handle) -> Step:
@@ -173,7 +184,7 @@ def install(
                     f"{owner} and {other.owner} both want to attack {type(module).__name__}.training_step; one step "
                     f"has one adversary. Keep one of them."
                 )
-    if add is not None and not getattr(module, "automatic_optimization", True):
+    if add is not None and not by_hand and not getattr(module, "automatic_optimization", True):
         raise RuntimeError(
             f"{owner} adds a term to the loss, but {type(module).__name__} uses manual optimisation, where the step "
             "calls backward itself. Use a method that only feeds the step (e.g. method='madry'), or automatic "
@@ -264,14 +275,16 @@ def _run_and_add(seam: _Seam, clean: Step, fed: Step, handles: list[Handle]) -> 
         output = running.run()
     finally:
         seam.running = None
+    skipped = output is None and getattr(fed.module, "automatic_optimization", True)
+    for owner, handle in () if skipped else running.unused.items():
+        missing = "self.perturbed(batch)" if handle.add is None else "self.robust_loss(loss)"
+        raise RuntimeError(
+            f"{owner}: {type(fed.module).__name__} says that its training_step does this by hand (by_hand = True), but "
+            f"the step did not call {missing}."
+        )
     if output is None:
         return None
     total = running.added(by_hand=False)
-    if running.unused:
-        raise RuntimeError(
-            f"{', '.join(sorted(running.unused))}: {type(fed.module).__name__} says that its training_step does this "
-            "by hand (by_hand = True), but the step called neither self.perturbed(batch) nor self.robust_loss(loss)."
-        )
     return _plus(output, total)
 
 

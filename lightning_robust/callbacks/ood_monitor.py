@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from lightning_robust.attach.batches import described, get, leaves
+from lightning_robust.attach.batches import Path, described, get, leaves
 from lightning_robust.attach.listener import Heard
-from lightning_robust.attach.loaders import own_batches, transferred
+from lightning_robust.attach.loaders import own_batches, size_of, transferred
 from lightning_robust.attach.monitor import Monitor
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.step import Step
 from lightning_robust.losses import LossCall
 from lightning_robust.metrics import ScoreTable
 from lightning_robust.ood import SYNTHETIC, scores_named, separation
+from lightning_robust.ood.synthetic import GRID
 from lightning_robust.pixels import PixelSpace
 from lightning_robust.randomness import seeded
 
@@ -37,7 +38,8 @@ class OODMonitor(Monitor):
     Logs, for each set and score, ``ood/val/{set}/{score}_auroc``, ``_aupr_in`` and ``_aupr_out`` (which of the two is
     the positive class), ``_fpr95`` (share of own data taken for foreign where 95 % of the foreign are found) and
     ``_fpr95_id_positive`` (share of foreign data accepted where 95 % of the own are), with ``test`` for ``val`` in
-    ``Trainer.test``. Exact, whole tie groups. The first loader holds the data that are not foreign.
+    ``Trainer.test``. Exact, whole tie groups. The first loader holds the data that are not foreign. Log-probabilities
+    (``nll_loss``) have no energy; several answers a sample (pixels, labels) are not measured.
 
     Args:
         sets: Names and data sets or loaders, of inputs as the evaluation data have them (labels are ignored). Batches
@@ -56,7 +58,7 @@ class OODMonitor(Monitor):
         name: Tells two callbacks of this class apart: keys start with ``ood.{name}``.
 
     Raises:
-        ValueError: If there is no set, a score is unknown, or max_samples is below 1.
+        ValueError: If there is no set, one that can be iterated only once, an unknown score, or max_samples is below 1.
 
     Example:
         >>> OODMonitor(scores=["energy", "msp"]).sets.keys()
@@ -69,7 +71,7 @@ class OODMonitor(Monitor):
 
     def __init__(
         self,
-        sets: dict[str, Dataset[Any] | DataLoader[Any]] | None = None,
+        sets: dict[str, Dataset | DataLoader] | None = None,  # type: ignore[type-arg]  # jsonargparse builds `Dataset[Any]` itself
         *,
         scores: Sequence[str] = ("energy", "max_logit", "msp", "entropy"),
         max_samples: int = 1000,
@@ -85,6 +87,12 @@ class OODMonitor(Monitor):
         super().__init__("ood", name, Probe(input_key, target_key, logits_fn, loss_index), stages)
         if sets is not None and not sets:
             raise ValueError("OODMonitor needs at least one set, or sets=None for synthetic ones.")
+        for key, source in (sets or {}).items():
+            if hasattr(source, "__next__"):
+                raise ValueError(
+                    f"OOD set {key!r} is an iterator, which can be iterated once only; give a data set, a list or a "
+                    "DataLoader, which every evaluation can go through."
+                )
         if max_samples < 1:
             raise ValueError(f"max_samples= must be at least 1, got {max_samples}.")
         self.sets: Mapping[str, Any] = SYNTHETIC if sets is None else sets
@@ -94,6 +102,7 @@ class OODMonitor(Monitor):
         self._tables: dict[str, ScoreTable] = {}
         self._own = ScoreTable(list(self.scores), 1)
         self._entry: dict[str, Any] = {}
+        self._log_probabilities = False  # whether the loss gets these
         self._unserved: set[str] = set()  # what cannot be measured here, said once
 
     def section(self) -> Mapping[str, Any]:
@@ -106,6 +115,7 @@ class OODMonitor(Monitor):
     # -- when ----------------------------------------------------------------------------------------------------
 
     def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._log_probabilities = False
         self._own = ScoreTable(list(self.scores), IN_DISTRIBUTION)
         self._tables = {name: ScoreTable(list(self.scores), self.max_samples) for name in self.sets}
 
@@ -130,7 +140,7 @@ class OODMonitor(Monitor):
         entry: dict[str, Any] = {}
         for name, table in self._tables.items():
             table.load(self.summed(trainer, pl_module, table.state()))
-            for score in self.scores if own.n and table.n else ():
+            for score in self._served() if own.n and table.n else ():
                 inside, outside = self._finite(own.of(score), name, score), self._finite(table.of(score), name, score)
                 if len(inside) and len(outside):
                     found = separation(inside, outside)
@@ -148,10 +158,11 @@ class OODMonitor(Monitor):
         if not bool(keep.any()):
             return
         with self.probe.reading(step) as reading, torch.no_grad():
-            if reading.x.ndim != 4:
+            if reading.x.ndim != 4 or min(reading.x.shape[2:]) < GRID:
                 self._warn_once(
-                    f"synthetic sets are made of pictures (N, C, H, W), the input is {tuple(reading.x.shape)}: name "
-                    "data sets or loaders of foreign inputs, OODMonitor({'other': loader})."
+                    f"synthetic sets are made of pictures (N, C, H, W) with sides of at least {GRID}, the input is "
+                    f"{tuple(reading.x.shape)}: name data sets or loaders of foreign inputs, "
+                    "OODMonitor({'other': loader})."
                 )
                 return
             for number, (name, make) in enumerate(self.sets.items()):
@@ -176,11 +187,8 @@ class OODMonitor(Monitor):
         return DataLoader(Subset(source, sorted(order[: self.max_samples])), batch_size)
 
     def _input(self, trainer: Any, step: Step, batch: Any, like: Tensor, name: str) -> Tensor:
-        path = self.probe.route(step).input
-        alike = [path for path, _ in leaves(batch)] == [path for path, _ in leaves(step.batch)]
-        if alike:
-            found = get(transferred(trainer, step.module, batch), path)
-        else:
+        found = self._through_hooks(trainer, step, batch, like)
+        if found is None:
             fits = [
                 leaf
                 for _, leaf in leaves(batch)
@@ -194,30 +202,51 @@ class OODMonitor(Monitor):
             )
         return found.to(like.device, like.dtype)
 
+    def _through_hooks(self, trainer: Any, step: Step, batch: Any, like: Tensor) -> Any:
+        """The input of a batch made as the evaluation loader makes them; None if it is of another make."""
+        # Hooks may turn what a loader makes into something else: either side of them tells.
+        alike = _make(batch) == _make(step.batch)
+        try:
+            moved = transferred(trainer, step.module, batch)
+        except Exception:  # a hook may fail in any way on what it was not written for
+            if alike:
+                raise
+            return None
+        if _make(moved) != _make(step.batch):
+            return None
+        found = get(moved, self.probe.route(step).input)
+        return found if alike or (len(found) == size_of(batch) and found.shape[1:] == like.shape[1:]) else None
+
     def _add(self, table: ScoreTable, call: LossCall, index: Tensor, keep: Tensor) -> None:
         logits = call.class_logits()
-        if logits is None and call.kind == "nll_loss" and call.logits.ndim == 2:
+        if logits is None and call.kind in ("nll_loss", "kl_div") and call.logits.ndim == 2:
             logits = call.logits.float()  # right but for the energy, which log-probabilities have lost
+            self._log_probabilities = True
             if "energy" in self.scores:
-                self._warn_once("the loss gets log-probabilities (nll_loss), whose energy is always 0; use msp.")
+                self._warn_once(f"the loss ({call.kind}) gets log-probabilities, which have no energy; use msp.")
         if logits is None or len(logits) != len(index):
             self._warn_once(
                 f"scores are about one prediction a sample; this module's loss gets {tuple(call.logits.shape)} for "
-                f"{len(index)} samples ({call.kind}). Nothing is measured."
+                f"{len(index)} samples ({call.kind}). Nothing is measured.",
+                "head",
             )
             return
         keep = keep.to(index.device)
         table.add(index[keep], {name: score(logits).cpu()[keep.cpu()] for name, score in self.scores.items()})
 
+    def _served(self) -> list[str]:
+        return [score for score in self.scores if not (self._log_probabilities and score == "energy")]
+
     def _finite(self, scores: Tensor, name: str, score: str) -> Tensor:
         finite = scores.isfinite()
         if not bool(finite.all()):
-            self._warn_once(f"{int((~finite).sum())} scores ({name}, {score}) are NaN or infinite and are left out.")
+            lost = f"{int((~finite).sum())} of {len(scores)} here, {score} for the set {name!r}"
+            self._warn_once(f"scores that are NaN or infinite are left out ({lost}).", "finite")
         return scores[finite]
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._unserved:
-            self._unserved.add(message)
+    def _warn_once(self, message: str, about: str = "") -> None:
+        if (about or message) not in self._unserved:
+            self._unserved.add(about or message)
             warnings.warn(f"OODMonitor: {message}", stacklevel=2)
 
     def _log(self, pl_module: Any, stage: str, name: str, score: str, found: Mapping[str, float], n: int) -> None:
@@ -226,6 +255,11 @@ class OODMonitor(Monitor):
             self.key(stage, f"{name}/{score}_{shown.get(metric, metric)}"): value for metric, value in found.items()
         }
         self.log_values(pl_module, values, n)
+
+
+def _make(batch: Any) -> set[Path]:
+    """Where a batch has tensors; names and ids come one a sample and say nothing about its make."""
+    return {path for path, leaf in leaves(batch) if isinstance(leaf, Tensor)}
 
 
 def _histograms(inside: Tensor, outside: Tensor) -> dict[str, Any]:

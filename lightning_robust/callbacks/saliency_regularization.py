@@ -52,7 +52,7 @@ class SaliencyRegularization(RobustCallback):
 
     Raises:
         ValueError: If a setting is out of range.
-        TypeError: If the penalty is an attribution of captum, which cannot train anything.
+        TypeError: If the penalty is no callable, or an attribution of captum, which cannot train anything.
 
     Example:
         >>> SaliencyRegularization(RightReasons(mask_key=2), weight=1.0).key("train", "right_reasons")
@@ -78,14 +78,14 @@ class SaliencyRegularization(RobustCallback):
     ) -> None:
         super().__init__("robust", name, Probe(input_key, target_key, logits_fn, loss_index))
         owner = getattr(penalty, "__self__", penalty)  # of a bound method
-        if type(owner).__module__.split(".")[0] == "captum":
+        if str(getattr(owner, "__module__", "")).split(".")[0] == "captum":
             raise TypeError(
-                f"{type(owner).__name__} of captum is not differentiable with respect to parameters: as a penalty it "
+                f"{getattr(owner, '__name__', type(owner).__name__)} of captum is not differentiable with respect to parameters: as a penalty it "
                 "trains nothing. Use InputGradientPenalty or RightReasons, or write one with "
                 "torch.autograd.grad(..., create_graph=True)."
             )
-        if not callable(penalty):
-            raise TypeError(f"penalty= must be a callable (logits_fn, x, y) -> scalar, got {type(penalty).__name__}.")
+        if not callable(penalty) or isinstance(penalty, type):
+            raise TypeError(f"penalty= must be a callable (logits_fn, x, y) -> scalar, got {penalty!r}.")
         if weight < 0 or warmup_epochs < 0:
             raise ValueError(f"weight= and warmup_epochs= must not be negative, got {weight} and {warmup_epochs}.")
         if at not in ("fed", "clean"):
@@ -189,6 +189,11 @@ class SaliencyRegularization(RobustCallback):
 
     def _first_batch(self, step: Step, state: RandomState) -> None:
         self._checked = True
+        if not self._reuse and getattr(self.penalty, "method", None) == "double_backward":
+            raise RuntimeError(
+                f"{self}: a compiled network has no second derivative. Use method='finite_differences', or leave the "
+                "network uncompiled."
+            )
         # A forward of its own, whose graph may be used up.
         bare = Step(step.module, step.name, step.function, step.args)
         preflight(lambda: self._value(bare, None, state), step.module.parameters(), str(self))
@@ -199,6 +204,8 @@ class SaliencyRegularization(RobustCallback):
 
 def _is_compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiler_ctx", None) is not None or any(
-        type(part).__name__ == "OptimizedModule" or getattr(part, "_compiled_call_impl", None) is not None
+        type(part).__name__ == "OptimizedModule"
+        or getattr(part, "_compiled_call_impl", None) is not None
+        or any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(part).values())  # a compiled function
         for part in module.modules()
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_robust.attach.batches import as_path, described, get, leaves, rebuilt, shown
+from lightning_robust.attach.batches import as_path, copied, described, get, leaves, rebuilt, resized, shown
 
 Pair = namedtuple("Pair", "image label")
 
@@ -106,3 +106,56 @@ def test_an_object_that_is_inside_of_itself_is_a_leaf_there() -> None:
     assert [path for path, _ in leaves(batch)] == [("image",), ("parent",)]
     fresh = rebuilt(batch, {("image",): 2})
     assert (fresh.image, fresh.parent, batch.image) == (2, batch, 1)
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_three_becomes_one_of_any_number_by_repeating_its_samples(kind: str, wanted: int) -> None:
+    image, label = torch.arange(12).view(3, 4), torch.tensor([5, 6, 7])
+    batch = made(kind, image, label)
+    fresh = resized(batch, 3, wanted)
+    order = [i % 3 for i in range(wanted)]
+    paths = [path for path, leaf in leaves(batch) if isinstance(leaf, torch.Tensor)]
+    assert [get(fresh, path).tolist() for path in paths] == [get(batch, path)[order].tolist() for path in paths]
+    assert type(fresh) is type(batch)
+    assert [leaf for _, leaf in leaves(fresh) if isinstance(leaf, str)] == ["a name"] * (kind == "nested")
+    assert image.shape == (3, 4)
+
+
+def test_lists_with_an_entry_a_sample_follow_and_everything_else_stays() -> None:
+    Size = namedtuple("Size", "height width channels")
+    batch = {
+        "x": torch.arange(3),
+        "name": ["a", "b", "c"],
+        "id": (1, 2, None),
+        "mean": torch.tensor(0.5),
+        "weights": torch.ones(5),
+        "size": Size(8, 8, 1),
+        "two": ["p", "q"],
+        "views": [torch.arange(3), torch.arange(3) + 10, torch.arange(3) + 20],
+        "flag": True,
+    }
+    fresh = resized(batch, 3, 4)
+    assert (fresh["name"], fresh["id"]) == (["a", "b", "c", "a"], (1, 2, None, 1))
+    assert [view.tolist() for view in fresh["views"]] == [[0, 1, 2, 0], [10, 11, 12, 10], [20, 21, 22, 20]]
+    assert all(fresh[key] is batch[key] for key in ("mean", "weights", "flag"))
+    assert (fresh["size"], fresh["two"]) == (batch["size"], batch["two"])
+
+
+def test_views_are_tensors_also_where_there_are_as_many_as_samples_wanted() -> None:
+    batch = {"views": [torch.arange(2)] * 4}
+    assert [len(view) for view in resized(batch, 2, 4)["views"]] == [4, 4, 4, 4]
+
+
+def test_a_bare_tensor_and_a_list_of_two_tensors_are_resized() -> None:
+    assert resized(torch.arange(3), 3, 5).tolist() == [0, 1, 2, 0, 1]
+    assert [len(leaf) for leaf in resized([torch.zeros(2), torch.zeros(2)], 2, 5)] == [5, 5]
+
+
+def test_a_copy_shares_no_memory_and_what_is_no_tensor_is_not_copied() -> None:
+    tensor, other = torch.zeros(2), object()
+    assert copied(tensor).data_ptr() != tensor.data_ptr()
+    assert copied(other) is other
+    with torch.inference_mode():
+        inference = torch.zeros(2)
+    assert not copied(inference).is_inference()

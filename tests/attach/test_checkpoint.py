@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ import zoo
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_robust import PGD, AdversarialTraining, RobustAccuracy, ThreatModel, read_entry
-from lightning_robust.attach.checkpoint import pack_bits, unpack_bits, write_entry
+from lightning_robust.attach.checkpoint import pack_bits, rewrite, unpack_bits, write_entry
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 101])
@@ -63,3 +66,86 @@ def test_every_checkpoint_has_an_entry_that_plain_torch_reads(tmp_path: Any, wei
         assert checkpoint["lightning_robust"]["global_step"] == checkpoint["global_step"]
         assert checkpoint["lightning_robust"]["route"]["training_step"]["input"] == [0]
     assert zoo.ListBatch.load_from_checkpoint(paths[0]).state_dict().keys() == module.state_dict().keys()
+
+
+# -- files that are written again ------------------------------------------------------------------------------------
+
+
+def a_file(folder: Path, **more: Any) -> Path:
+    entry = {"format": 1, "global_step": 5, "calibration": {"nll": 1.0, "temperature": 2.0}}
+    state = {"weight": torch.arange(3.0), "half": torch.ones(2, dtype=torch.bfloat16)}
+    checkpoint = {"state_dict": state, "global_step": 5, "epoch": 1, "lightning_robust": entry, **more}
+    torch.save(checkpoint, folder / "x.ckpt")
+    return folder / "x.ckpt"
+
+
+def test_a_rewritten_file_differs_in_its_entry_only(tmp_path: Path) -> None:
+    path = a_file(tmp_path, callbacks={"one": {"best": torch.tensor(2.5)}}, hyper_parameters={"lr": 0.1})
+    before = torch.load(path, weights_only=True)
+    rewrite(path, {"calibration": {"temperature": 1.5}, "ood": {"n": 3}}, "1.2")
+    after = torch.load(path, weights_only=True)
+    assert after.pop("lightning_robust") == {
+        "format": 1,
+        "written_by": "lightning_robust 1.2",
+        "global_step": 5,
+        "epoch": 1,
+        "calibration": {"nll": 1.0, "temperature": 1.5},
+        "ood": {"n": 3},
+    }
+    before.pop("lightning_robust")
+    weights = before.pop("state_dict"), after.pop("state_dict")
+    assert all(
+        torch.equal(weights[0][k], weights[1][k]) and weights[0][k].dtype == weights[1][k].dtype for k in weights[0]
+    )
+    assert after == before
+    assert os.listdir(tmp_path) == ["x.ckpt"]
+
+
+def test_a_file_without_an_entry_gets_one(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "global_step": 7, "epoch": 0}, tmp_path / "x.ckpt")
+    rewrite(tmp_path / "x.ckpt", {"calibration": {"temperature": 1.5}}, "1.2")
+    entry = read_entry(tmp_path / "x.ckpt")
+    assert (entry["format"], entry["global_step"], entry["calibration"]) == (1, 7, {"temperature": 1.5})
+
+
+def test_a_copy_may_be_written_elsewhere(tmp_path: Path) -> None:
+    path = a_file(tmp_path)
+    before, there = path.read_bytes(), tmp_path / "new" / "folder" / "y.ckpt"
+    rewrite(path, {"calibration": {"temperature": 1.5}}, "1.2", to=there)
+    assert path.read_bytes() == before
+    assert read_entry(there)["calibration"]["temperature"] == 1.5
+    assert os.listdir(there.parent) == ["y.ckpt"]
+
+
+def test_what_interrupts_the_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = a_file(tmp_path)
+    before = path.read_bytes()
+
+    def full(_checkpoint: Any, file: Any) -> None:
+        Path(file).write_bytes(b"half of i")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        rewrite(path, {"calibration": {"temperature": 1.5}}, "1.2")
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["x.ckpt"]
+
+
+def test_a_link_stays_a_link_to_the_rewritten_file(tmp_path: Path) -> None:
+    path, link = a_file(tmp_path), tmp_path / "last.ckpt"
+    link.symlink_to("x.ckpt")
+    rewrite(link, {"calibration": {"temperature": 1.5}}, "1.2")
+    assert link.is_symlink()
+    assert read_entry(path)["calibration"]["temperature"] == 1.5
+
+
+def test_objects_are_not_loaded_unasked(tmp_path: Path) -> None:
+    path = a_file(tmp_path, hyper_parameters={"loss": torch.nn.CrossEntropyLoss()})
+    before = path.read_bytes()
+    with pytest.raises(pickle.UnpicklingError):
+        rewrite(path, {"calibration": {"temperature": 1.5}}, "1.2")
+    assert path.read_bytes() == before
+    with pytest.raises(pickle.UnpicklingError):
+        read_entry(path)
+    assert read_entry(path, weights_only=False)["calibration"]["temperature"] == 2.0

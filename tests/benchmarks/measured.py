@@ -13,10 +13,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_robust import PGD, AdversarialTraining, RobustAccuracy, ThreatModel
+from lightning_robust import (
+    PGD,
+    AdversarialTraining,
+    CalibrationMonitor,
+    InputGradientPenalty,
+    OODMonitor,
+    RobustAccuracy,
+    SaliencyRegularization,
+    SaliencySnapshots,
+    TemperatureScaling,
+    ThreatModel,
+)
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.seam import install
 from lightning_robust.attach.step import Step
+from lightning_robust.metrics import CalibrationError
 from lightning_robust.modes import frozen
 from lightning_robust.randomness import RandomState, seeded
 from tests.benchmarks import subjects
@@ -107,7 +119,7 @@ def epoch() -> list[Row]:
             "callback": partial(_fit, subject, Plain, weights, AdversarialTraining(attack, method)),
         }
         seconds = interleaved(contenders, repeats, warmup=1)
-        torch.testing.assert_close(weights["AdversarialTraining"], weights["by hand"])  # the same work
+        torch.testing.assert_close(weights["callback"], weights["by hand"])  # the same work
         case = f"{method}, {subject.name}"
         rows += compared("epoch", case, seconds, "by hand", {"callback": 1.05})
     return rows
@@ -116,7 +128,7 @@ def epoch() -> list[Row]:
 def _fit(subject: Subject, build: Callable[[nn.Module], Plain], weights: dict[str, Any], *callbacks: Any) -> None:
     module = build(subject.net())
     trainer(*callbacks, max_epochs=1).fit(module, subject.loader)
-    weights["AdversarialTraining" if callbacks else "by hand"] = module.state_dict()
+    weights["callback" if callbacks else "by hand"] = module.state_dict()
 
 
 class _EveryOther(pl.Callback):
@@ -211,10 +223,82 @@ def evaluation() -> list[Row]:
     return compared("evaluation", subject.name, seconds, "by hand")
 
 
+def penalties() -> list[Row]:
+    """A whole Trainer.fit of one epoch with a penalty on input gradients over the same written into the module."""
+    subject = Subject("cnn", 128, batches=6, size=28, channels=1)
+    rows: list[Row] = []
+    for method, by_hand in (
+        ("finite_differences", subjects.HandFiniteDifferences),
+        ("double_backward", subjects.HandDoubleBackward),
+    ):
+        progress(f"penalties: {method}")
+        weights: dict[str, Any] = {}
+        callback = SaliencyRegularization(InputGradientPenalty(method), weight=0.1)
+        contenders = {
+            "by hand": partial(_fit, subject, by_hand, weights),
+            "callback": partial(_fit, subject, Plain, weights, callback),
+            "no penalty": lambda: trainer(max_epochs=1).fit(Plain(subject.net()), subject.loader),
+        }
+        seconds = interleaved(contenders, 9, warmup=1)
+        learned = {who: {n: p for n, p in state.items() if "running" not in n} for who, state in weights.items()}
+        torch.testing.assert_close(learned["callback"], learned["by hand"])  # the same work
+        rows += compared("penalties", f"{method}, {subject.name}", seconds, "by hand", {"callback": 1.05})
+    return rows
+
+
+def monitors() -> list[Row]:
+    """A validation epoch (2,000 digits) with monitors over the same epoch without any."""
+    subject = Subject("cnn", 250, batches=8, size=28, channels=1)
+    progress(f"monitors: {subject.name}")
+    kinds: dict[str, list[Any]] = {
+        "none": [],
+        "calibration": [CalibrationMonitor()],
+        "calibration, temperature": [CalibrationMonitor(), TemperatureScaling()],
+        "3 synthetic OOD sets of 1,000": [OODMonitor()],
+        "saliency, 8 probes, 3 methods": [SaliencySnapshots()],
+        "all of these": [CalibrationMonitor(), TemperatureScaling(), OODMonitor(), SaliencySnapshots()],
+    }
+    module = Plain(subject.net())
+
+    def validate(run: pl.Trainer) -> None:
+        run.validate(module, subject.loader, verbose=False)
+
+    # The Trainers have seen a validation before: what happens once a run is not in it.
+    contenders = {what: partial(validate, trainer(*callbacks)) for what, callbacks in kinds.items()}
+    return compared("monitors", subject.name, interleaved(contenders, 9, warmup=1), "none")
+
+
+def ece() -> list[Row]:
+    """Updates with 100 batches of 1,000 x 100 logits (ours: ECE, NLL and Brier score) over torchmetrics' ECE alone."""
+    from torchmetrics.classification import MulticlassCalibrationError
+
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(1000, 100, generator=generator)
+    labels = torch.randint(100, (1000,), generator=generator)
+
+    def hundred(metric: Any) -> None:
+        metric.reset()
+        for _ in range(100):
+            metric.update(logits, labels)
+        metric.compute()
+
+    theirs = MulticlassCalibrationError(100, n_bins=15)
+    trusting = MulticlassCalibrationError(100, n_bins=15, validate_args=False)
+    contenders = {
+        "torchmetrics": lambda: hundred(theirs),
+        "torchmetrics, validate_args=False": lambda: hundred(trusting),
+        "CalibrationError": lambda: hundred(CalibrationError()),
+    }
+    return compared("ece", "100 x (1000, 100)", interleaved(contenders, 9, warmup=1), "torchmetrics")
+
+
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "crafting": crafting,
     "epoch": epoch,
     "seam": seam,
     "read": read,
     "evaluation": evaluation,
+    "penalties": penalties,
+    "monitors": monitors,
+    "ece": ece,
 }

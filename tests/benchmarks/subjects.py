@@ -15,7 +15,18 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_robust.demo.nets import SmallCNN
 from lightning_robust.randomness import seeded
 
-__all__ = ["EPS", "STEPS", "HandMadry", "HandNFGSM", "HandTrades", "HandValidated", "Plain", "Subject"]
+__all__ = [
+    "EPS",
+    "STEPS",
+    "HandDoubleBackward",
+    "HandFiniteDifferences",
+    "HandMadry",
+    "HandNFGSM",
+    "HandTrades",
+    "HandValidated",
+    "Plain",
+    "Subject",
+]
 
 EPS, STEPS = 8 / 255, 10
 STEP_SIZE = 2.5 * EPS / STEPS  # PGD's default
@@ -174,3 +185,32 @@ class HandValidated(Plain):
         self.log("val/loss", F.cross_entropy(logits, y))
         self.log("val/accuracy", clean.float().mean())
         self.log("val/robust_accuracy", (clean & robust).float().mean())
+
+
+class HandFiniteDifferences(Plain):
+    """The penalty on the input gradient along its own direction, as in Finlay and Oberman's paper."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        x = x.clone().requires_grad_()
+        losses = F.cross_entropy(self.net(x), y, reduction="none")
+        (gradient,) = torch.autograd.grad(losses.sum(), x, retain_graph=True)
+        direction = F.normalize(gradient.flatten(1)).view_as(x)
+        h = 0.13 * x.detach().flatten(1).norm(dim=1).mean()
+        there = F.cross_entropy(self.net(x.detach() + h * direction), y, reduction="none")
+        penalty = 0.1 * ((there - losses) / h).square().mean()
+        self.log_dict({"train/loss": losses.mean(), "train/penalty": penalty}, on_step=False, on_epoch=True)
+        return losses.mean() + penalty
+
+
+class HandDoubleBackward(Plain):
+    """The penalty on the input gradient itself."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        x = x.clone().requires_grad_()
+        losses = F.cross_entropy(self.net(x), y, reduction="none")
+        (gradient,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
+        penalty = 0.1 * gradient.flatten(1).square().sum(1).mean()
+        self.log_dict({"train/loss": losses.mean(), "train/penalty": penalty}, on_step=False, on_epoch=True)
+        return losses.mean() + penalty

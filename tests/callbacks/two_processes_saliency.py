@@ -1,0 +1,123 @@
+"""Saliency in two gloo processes, as a script: ``python two_processes_saliency.py penalty|snapshots RESULT.json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_robust import (
+    PGD,
+    AdversarialTraining,
+    InputGradientPenalty,
+    SaliencyRegularization,
+    SaliencySnapshots,
+    ThreatModel,
+)
+
+SAMPLES = 61
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+
+
+class Module(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 36, 10))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+class Gathered(pl.Callback):
+    """The weights of all processes, brought home in the metrics (attributes stay in the workers)."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        weights = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
+        everywhere = trainer.strategy.all_gather(weights)
+        gap = (everywhere[0] - everywhere[1]).abs().max() if trainer.world_size > 1 else torch.zeros(())
+        pl_module.log("gap", gap, rank_zero_only=False)
+
+
+def data(n: int = SAMPLES) -> TensorDataset:
+    x = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    # Of one norm: the finite step is a share of its mean, which each process takes by itself.
+    return TensorDataset(3 * x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1), torch.arange(n) % 10)
+
+
+def fit(processes: int, callbacks: list[Any], training: Any, validation: Any = None, epochs: int = 1) -> Any:
+    pl.seed_everything(0, verbose=False)
+    module = Module()
+    settings: dict[str, Any] = {"strategy": "ddp_fork"} if processes > 1 else {}
+    trainer = pl.Trainer(accelerator="cpu", devices=processes, max_epochs=epochs, callbacks=callbacks, **settings, **QUIET)
+    trainer.fit(module, training, validation)
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    return torch.cat([p.detach().flatten() for p in module.parameters()]), metrics
+
+
+def penalty() -> dict[str, Any]:
+    """Two processes with batches of 8 see together what one sees with batches of 16."""
+    found = {}
+    plain, _ = fit(1, [], DataLoader(data(64), 16))
+    for method in ("finite_differences", "double_backward", "madry"):
+
+        def callbacks(method: str = method) -> list[Any]:
+            attack = [AdversarialTraining(PGD(ThreatModel("linf", 0.1), steps=2))] if method == "madry" else []
+            kind: Any = "finite_differences" if method == "madry" else method
+            return [*attack, SaliencyRegularization(InputGradientPenalty(kind), 0.5), Gathered()]
+
+        one, _ = fit(1, callbacks(), DataLoader(data(64), 16))
+        two, metrics = fit(2, callbacks(), DataLoader(data(64), 8))
+        found[method] = {
+            "between processes": metrics["gap"],
+            "to one process": float((one - two).abs().max()),
+            "to plain": float((two - plain).abs().max()),
+        }
+    return found
+
+
+def snapshots() -> dict[str, Any]:
+    """The same weights explained by one process and by two, on an uneven number of samples."""
+    found = {}
+    for processes in (1, 2):
+        callback = SaliencySnapshots(["gradient", "gradcam"], samples=6)
+        metrics: dict[str, Any] = {}
+
+        class Keeping(pl.Callback):
+            def on_validation_end(self, trainer: Any, pl_module: Any, callback: Any = callback) -> None:
+                if not trainer.sanity_checking and "val" in callback._probes:
+                    numbers = callback._probes["val"].index.double()
+                    everywhere = trainer.strategy.all_gather(numbers).view(-1, len(numbers))
+                    assert all(torch.equal(row, numbers) for row in everywhere)
+                    index.append(numbers.tolist())
+
+        index: list[Any] = []
+        # Full batches: both runs take the same gradient steps.
+        _, metrics = fit(
+            processes, [callback, Keeping()], DataLoader(data(64), 16 // processes), DataLoader(data(), 8), epochs=2
+        )
+        found[str(processes)] = {key: value for key, value in metrics.items() if key.startswith("saliency")}
+    return found
+
+
+def main(what: str, result: Path) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    result.write_text(json.dumps(penalty() if what == "penalty" else snapshots()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
