@@ -163,7 +163,7 @@ class _Snapshot:
             self.module(value)
 
     def _tensor(self, tensor: Tensor) -> None:
-        before = tensor.detach().clone()
+        before, learnt = tensor.detach().clone(), tensor.requires_grad
 
         def put_back() -> None:
             # Always: batch_norm moves its running statistics without counting a version. Through `.data`, which counts
@@ -172,6 +172,8 @@ class _Snapshot:
                 with torch.inference_mode():
                     tensor.copy_(before)
             else:
+                if tensor.requires_grad and not learnt:  # statistics of an input that had a gradient in here
+                    tensor.detach_()
                 tensor.data.copy_(before)
 
         self._undo.append(put_back)

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_robust import run
+from lightning_robust import load_temperature, run
 from lightning_robust.recipe import RecipeError, available, compose
 from lightning_robust.run import Results
 
@@ -41,10 +42,17 @@ def fit(name: str | Path, output: Path, *overrides: str, **options: Any) -> Resu
     return results
 
 
-@pytest.fixture(scope="module", params=available())
+TRAINED = [name for name in available() if name != "calibrate"]
+
+
+@pytest.fixture(scope="module", params=TRAINED)
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     torch.set_num_threads(1)
     return fit(request.param, tmp_path_factory.mktemp("runs"))
+
+
+def attacks(results: Results) -> bool:
+    return any("RobustAccuracy" in c["class_path"] for c in results.resolved["callbacks"].values())
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -69,8 +77,10 @@ def test_results_are_read_back_as_they_were(finished: Results) -> None:
     folder = Path(finished.run)
     assert Results.read(folder) == finished
     assert json.loads((folder / "results.json").read_text())["written_by"].startswith("lightning_robust ")
-    assert {"robust/test/clean_accuracy", "robust/test/accuracy", "test/accuracy"} <= set(finished.metrics)
-    assert finished.metrics["robust/test/accuracy"] <= finished.metrics["robust/test/clean_accuracy"]
+    areas = ("test/accuracy", "calibration/test/ece_scaled", "ood/test/letters/energy_auroc")
+    assert {*areas, "saliency/val_gradcam/iou10_to_anchor"} <= set(finished.metrics)
+    if attacks(finished):
+        assert finished.metrics["robust/test/accuracy"] <= finished.metrics["robust/test/clean_accuracy"]
 
 
 def test_the_written_recipe_is_the_one_that_ran(finished: Results) -> None:
@@ -90,8 +100,12 @@ def test_tensorboard_shows_the_recipe_the_curves_and_what_the_attack_did(finishe
         (event,) = accumulator.Tensors(f"{tag}/text_summary")
         shown = event.tensor_proto.string_val[0].decode()
         assert shown == f"```yaml\n{(Path(finished.run) / name).read_text()}```"
-    assert "robust/test/examples" in accumulator.Tags()["images"]
-    assert {"val/accuracy", "robust/test/accuracy"} <= set(accumulator.Tags()["scalars"])
+    pictures = {"saliency/val_gradient/filmstrip", "calibration/val/reliability"}
+    curves = {"val/accuracy", "calibration/val/temperature", "ood/val/letters/energy_auroc", "calibration/test/ece"}
+    if attacks(finished):
+        pictures, curves = pictures | {"robust/test/examples"}, curves | {"robust/test/accuracy"}
+    assert pictures <= set(accumulator.Tags()["images"])
+    assert curves <= set(accumulator.Tags()["scalars"])
 
 
 def test_evaluating_a_run_again_gives_the_same_numbers_and_writes_nothing(finished: Results) -> None:
@@ -101,6 +115,34 @@ def test_evaluating_a_run_again_gives_the_same_numbers_and_writes_nothing(finish
     assert again is not None
     assert (again.metrics, again.checkpoint) == (finished.metrics, finished.checkpoint)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+# -- an existing checkpoint ------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_calibrated_and_measured_without_training(tmp_path: Path) -> None:
+    trained = fit("standard", tmp_path, "callbacks.temperature=null", "callbacks.saliency=null")
+    before = Path(str(trained.checkpoint)).read_bytes()
+    with pytest.raises(KeyError, match="no temperature"):
+        load_temperature(str(trained.checkpoint))
+    changes = [f"vars.checkpoint={trained.checkpoint}", "trainer.max_epochs=0"]  # behind the 1 of all others
+    results = fit("calibrate", tmp_path, *changes, "callbacks.saliency=null")
+    assert Path(str(trained.checkpoint)).read_bytes() == before
+    assert Path(str(results.checkpoint)) == Path(results.run) / "checkpoints" / "calibrated.ckpt"
+    kept, written = (torch.load(str(r.checkpoint), weights_only=True) for r in (trained, results))
+    assert all(torch.equal(kept["state_dict"][name], value) for name, value in written["state_dict"].items())
+    assert kept["optimizer_states"][0]["param_groups"] == written["optimizer_states"][0]["param_groups"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it belongs to these weights
+        temperature = load_temperature(str(results.checkpoint))
+    assert results.metrics["calibration/test/temperature"] == pytest.approx(temperature)
+    for name in ("robust/test/accuracy", "calibration/test/nll", "ood/test/letters/energy_auroc"):
+        assert results.metrics[name] == trained.metrics[name]
+
+
+def test_a_missing_checkpoint_is_an_error_that_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"vars\.checkpoint=best\.ckpt.*got vars\.checkpoint=None"):
+        run.fit("calibrate", ["trainer.enable_progress_bar=false"], output=tmp_path)
 
 
 # -- single facts ----------------------------------------------------------------------------------------------------

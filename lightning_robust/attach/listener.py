@@ -16,7 +16,7 @@ from lightning_robust.attach.loaders import evaluation_loaders, true_length
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.route import Route, call_at
 from lightning_robust.attach.step import Step
-from lightning_robust.attach.watcher import LossWatcher, ProbeError, is_unheard
+from lightning_robust.attach.watcher import UNSCALED, LossWatcher, ProbeError, is_unheard
 from lightning_robust.losses import LossCall
 
 __all__ = ["STEPS", "Heard", "Listener"]
@@ -170,10 +170,28 @@ class Listener:
         if route.module is not None and route.target is not None:
             return self._hook(step, route, loader)
         if runs and self.probe.logits_fn is None:
-            watcher = LossWatcher(self.probe.loss_index, detach=True)
-            self._end.enter_context(watcher)
-            return lambda: watcher.call and self._retargeted(watcher.call)
+            return self._watch(step, route)
         return lambda: self._read(step)
+
+    def _watch(self, step: Step, route: Route) -> Callable[[], LossCall | None]:
+        watcher = LossWatcher(self.probe.loss_index, detach=True)
+        self._end.enter_context(watcher)
+        raw: list[Tensor] = []
+        if route.module is not None:
+
+            def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+                if hasattr(output, UNSCALED) and not is_unheard():
+                    raw.append(getattr(output, UNSCALED).detach().clone())
+
+            self._end.callback(step.module.get_submodule(route.module).register_forward_hook(keep).remove)
+
+        def hear() -> LossCall | None:
+            if watcher.call is None:
+                return None
+            call = self._retargeted(watcher.call)
+            return call.again(route.logits_from(raw[-1])) if raw else call
+
+        return hear
 
     def _retargeted(self, call: LossCall) -> LossCall:
         if self.probe.target_path is None:
@@ -187,10 +205,9 @@ class Listener:
 
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and not is_unheard():
-                outputs.append(output.detach().clone())
+                outputs.append(getattr(output, UNSCALED, output).detach().clone())
 
-        # Before other hooks: somebody's may divide the logits by a temperature.
-        hook = step.module.get_submodule(route.module or "").register_forward_hook(keep, prepend=True)
+        hook = step.module.get_submodule(route.module or "").register_forward_hook(keep)
         self._end.callback(hook.remove)
 
         def hear() -> LossCall:

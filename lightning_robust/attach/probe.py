@@ -19,7 +19,7 @@ from lightning_robust.attach.batches import Path, as_path, copied, described, ge
 from lightning_robust.attach.reading import Reading
 from lightning_robust.attach.route import Route, call_at, outputs_into, producer_of, target_of
 from lightning_robust.attach.step import Step, defines
-from lightning_robust.attach.watcher import LossWatcher, ProbeError, Stop, quiet, run_until_stop
+from lightning_robust.attach.watcher import Followed, LossWatcher, ProbeError, Stop, quiet, run_until_stop
 from lightning_robust.losses import LOSSES, LossCall
 from lightning_robust.randomness import RandomState, reseed
 
@@ -55,6 +55,7 @@ class Probe:
         self.logits_fn, self.loss_index = logits_fn, loss_index
         self.routes: dict[str, Route] = {}
         self._kind: type | None = None  # of the module that the routes belong to
+        self._unheard: set[str] = set()  # steps that have nothing to be heard
         self._stand_ins: dict[str, str] = {}  # steps that cannot be read, and which one is read for them
 
     @property
@@ -116,10 +117,10 @@ class Probe:
     def _forget_others(self, module: nn.Module) -> None:
         """One callback may serve several modules in turn; what was found in one says nothing about another."""
         if self._kind not in (None, type(module)):
-            self.routes, self._stand_ins = {}, {}
+            self.routes, self._stand_ins, self._unheard = {}, {}, set()
         self._kind = type(module)
 
-    def call(self, step: Step, route: Route) -> LossCall:
+    def call(self, step: Step, route: Route, followed: Followed | None = None) -> LossCall:
         """Run a step (inside :func:`~lightning_robust.attach.watcher.quiet`) until its logits are known."""
         if self.logits_fn is not None:
             logits = self.logits_fn(step.module, step.batch)
@@ -127,10 +128,14 @@ class Probe:
         if route.stop_at_module:
             call = self._until_module(step, route)
         else:
-            watcher = LossWatcher(self.loss_index, stop=True)
+            watcher = LossWatcher(self.loss_index, stop=True, followed=followed)
             run_until_stop(step, watcher)
             call = self._seen(watcher, step)
-        return call if self.target_path is None else replace(call, target=get(step.batch, self.target_path))
+        if self.target_path is None:
+            return call
+        named = get(step.batch, self.target_path)
+        conformed = call.conformed(named) if isinstance(named, Tensor) else None
+        return replace(call, target=named if conformed is None else conformed)
 
     def _seen(self, watcher: LossWatcher, step: Step) -> LossCall:
         if watcher.call is not None:
@@ -154,8 +159,7 @@ class Probe:
             found.append(output)
             raise Stop
 
-        # Before other hooks: somebody's may divide the logits by a temperature.
-        handle = step.module.get_submodule(route.module or "").register_forward_hook(stop, prepend=True)
+        handle = step.module.get_submodule(route.module or "").register_forward_hook(stop)
         try:
             run_until_stop(step, None)
         finally:
@@ -208,14 +212,25 @@ class Probe:
             # Clones of the leaves: a step may normalise its batch in place, which leaves of a graph forbid.
             fed = rebuilt(batch, {path: leaf.clone() for path, leaf in inputs.items()}, copied)
             state.restore()
+            followed = {id(leaf): (path, leaf) for path, leaf in leaves(fed) if isinstance(leaf, Tensor) and path}
             with outputs_into(outputs, step.module):
-                call = self.call(step.with_batch(fed), Route(step.name, (), None, ""))
+                call = self.call(step.with_batch(fed), Route(step.name, (), None, ""), followed)
             path, reached = self._input_or_count(call, inputs, step, listening)
-            target, cast = (self.target_path, True) if self.target_path else target_of(call, batch, fed)
+            target, cast = (self.target_path, True) if self.target_path else target_of(call, batch, fed, followed)
             module = producer_of(call.logits, outputs)
             same = module is None or outputs[module][0].shape == call.logits.shape
             shape = None if same else tuple(call.logits.shape[1:])
-            route = Route(step.name, path, target, call.kind, module, shape=shape, cast=cast, differentiable=reached)
+            route = Route(
+                step.name,
+                path,
+                target,
+                call.kind,
+                module,
+                shape=shape,
+                cast=cast,
+                ignore_index=call.options.get("ignore_index", -100),
+                differentiable=reached,
+            )
         self.routes[step.name] = route
         return route
 
@@ -227,7 +242,12 @@ class Probe:
         except ProbeError:
             if not listening:
                 raise
-        rows = [path for path, leaf in leaves(step.batch) if isinstance(leaf, Tensor) and leaf.ndim]
+        tensors = [(path, leaf) for path, leaf in leaves(step.batch) if isinstance(leaf, Tensor) and leaf.ndim]
+        n = len(call.logits) if call.logits.ndim else 1
+        # As many as the loss gets; or fewer, where each sample gives it several rows (tokens), or some (masked ones).
+        rows = [path for path, leaf in tensors if len(leaf) == n]
+        rows += [path for path, leaf in tensors if len(leaf) > 1 and n % len(leaf) == 0]
+        rows += [path for path, _ in tensors]
         if not rows:
             raise ProbeError(f"the batch has no tensor to count samples by: {described(step.batch)}.")
         return rows[0], False
@@ -277,11 +297,13 @@ class Probe:
         for step in written:
             if step.name in self.routes:
                 return step
-        for step in written:
+            if step.name in self._unheard:
+                continue
             for listening in (False, True):
                 with contextlib.suppress(ProbeError):  # the last resort below says what is wrong
                     self.discover(step, listening=listening)
                     return step
+            self._unheard.add(step.name)
         return self.for_evaluation(module, names, *args)
 
     def for_evaluation(self, module: nn.Module, names: Sequence[str], *args: Any) -> Step:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.attach.batches import Path, get, leaves
+from lightning_robust.attach.watcher import Followed
 from lightning_robust.losses import LossCall
 
 __all__ = ["Route", "call_at", "outputs_into", "producer_of", "target_of"]
@@ -29,6 +30,7 @@ class Route:
         stop_at_module: Stop at that module's output instead of at a loss (steps that compute none).
         shape: What follows the first dimension of the logits, where the loss gets another view of the module's output.
         cast: Whether the step gives its target another shape or type (``y.float().unsqueeze(1)``).
+        ignore_index: The class that the loss leaves out.
         differentiable: Whether a gradient reaches the input; else ``input`` is a leaf to count samples by.
     """
 
@@ -40,6 +42,7 @@ class Route:
     stop_at_module: bool = False
     shape: tuple[int, ...] | None = None
     cast: bool = False
+    ignore_index: int = -100
     differentiable: bool = True
 
     def logits_from(self, output: Tensor) -> Tensor:
@@ -60,28 +63,38 @@ class Route:
 
 def call_at(route: Route, output: Tensor, leaf: Any) -> LossCall:
     """The loss call that a step makes (or would make) of its module's output and a leaf of its batch."""
-    call = LossCall(route.kind, route.logits_from(output), leaf)  # type: ignore[arg-type]  # a kind, stored as text
+    options = {} if route.ignore_index == -100 else {"ignore_index": route.ignore_index}
+    call = LossCall(route.kind, route.logits_from(output), leaf, options)  # type: ignore[arg-type]  # a kind, stored as text
     conformed = call.conformed(leaf) if isinstance(leaf, Tensor) else None
     return call if conformed is None else replace(call, target=conformed)
 
 
 @contextmanager
 def outputs_into(outputs: dict[str, list[Tensor]], module: nn.Module) -> Iterator[None]:
-    """Collect what every submodule returns, by name, while something runs."""
+    """Collect what every submodule returns, by name, while something runs; without what was written into later."""
+    versions: dict[int, int] = {}
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
                 outputs.setdefault(name, []).append(output)
+                # A compiler that traces this hook knows no versions, and inference tensors count none.
+                if not torch.compiler.is_compiling() and not output.is_inference():
+                    versions[id(output)] = output._version
 
         return hook
 
-    handles = [part.register_forward_hook(keep(name)) for name, part in module.named_modules()]
+    parts = [(name, part) for name, part in module.named_modules() if not isinstance(part, torch.jit.ScriptModule)]
+    handles = [part.register_forward_hook(keep(name)) for name, part in parts]  # scripted modules take no hooks
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+    for name, seen in list(outputs.items()):
+        # Who hears such an output when it leaves its module hears something else than the loss gets.
+        if any(id(output) in versions and output._version != versions[id(output)] for output in seen):
+            del outputs[name]
 
 
 def producer_of(logits: Tensor, outputs: dict[str, list[Tensor]]) -> str | None:
@@ -102,8 +115,15 @@ def producer_of(logits: Tensor, outputs: dict[str, list[Tensor]]) -> str | None:
     return max(matches, key=lambda name: (name != "", matches.index(name)), default=None)
 
 
-def target_of(call: LossCall, batch: Any, fed: Any) -> tuple[Path | None, bool]:
-    """Where in the batch the loss's target is, and whether the step casts it; ``(None, False)`` if it makes its own."""
+def target_of(call: LossCall, batch: Any, fed: Any, followed: Followed) -> tuple[Path | None, bool]:
+    """Where in the batch the loss's target is, and whether the step casts it; ``(None, False)`` if it makes its own.
+
+    Args:
+        call: The loss call.
+        batch: The batch as it was.
+        fed: The batch that the step got, and may have written into.
+        followed: Leaves of the batch, as they are and after casts and views.
+    """
     target = call.target
     for path, leaf in leaves(fed):
         if (
@@ -114,13 +134,9 @@ def target_of(call: LossCall, batch: Any, fed: Any) -> tuple[Path | None, bool]:
             original = get(batch, path)
             if original.dtype == target.dtype and torch.equal(original, target.detach()):
                 return path, False
-    with torch.no_grad():
-        cast = [path for path, leaf in leaves(batch) if isinstance(leaf, Tensor) and _becomes(leaf, call)]
-    return (cast[0], True) if len(cast) == 1 else (None, False)
-
-
-def _becomes(leaf: Tensor, call: LossCall) -> bool:
-    conformed = call.conformed(leaf)
-    return (
-        conformed is not None and conformed.dtype == call.target.dtype and torch.equal(conformed, call.target.detach())
-    )
+    if id(target) in followed:
+        path, _ = followed[id(target)]
+        conformed = call.conformed(get(batch, path))
+        if conformed is not None and conformed.dtype == target.dtype and torch.equal(conformed, target.detach()):
+            return path, True
+    return None, False

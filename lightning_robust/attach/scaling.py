@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_robust.attach.checkpoint import read_entry
 from lightning_robust.attach.patch import patch
 from lightning_robust.attach.route import Route, call_at
-from lightning_robust.attach.watcher import ProbeError, is_unheard
+from lightning_robust.attach.watcher import UNSCALED, ProbeError, is_unheard
 
 __all__ = [
     "calibrated",
@@ -144,8 +144,8 @@ def _ordered(routes: Iterable[Route]) -> list[Route]:
 def scale_output(module: nn.Module, route: Route, temperature: Callable[[], float | None]) -> Callable[[], None]:
     """Divide the logits of a module by a temperature, wherever they are used; returns what undoes it.
 
-    What this package reads (attacks, scores) stays as it is: hooks that listen come first, and our own reads are left
-    alone.
+    What this package reads (attacks, scores) stays as it is: who listens finds the logits as they were beside the
+    scaled ones, and our own reads are left alone.
     """
     try:
         source = module.get_submodule(route.module or "")
@@ -164,7 +164,9 @@ def _scale(
     if now is None:
         return None
     call = call_at(route, output, torch.empty(0, device=output.device))
-    return call.scaled(now).logits.reshape(output.shape)
+    scaled = call.scaled(now).logits.reshape(output.shape)
+    setattr(scaled, UNSCALED, output)
+    return scaled
 
 
 def _forward_from(module: nn.Module, logits_fn: Callable[..., Tensor], temperature: float) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import pathlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +14,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_robust.attach.batches import Path
 from lightning_robust.attach.step import Step
 from lightning_robust.losses import LOSSES, LossCall
 from lightning_robust.modes import frozen
 from lightning_robust.randomness import RandomState
 
-__all__ = ["LossWatcher", "ProbeError", "Stop", "is_unheard", "quiet", "run_until_stop", "unheard"]
+__all__ = [
+    "UNSCALED",
+    "Followed",
+    "LossWatcher",
+    "ProbeError",
+    "Stop",
+    "is_unheard",
+    "quiet",
+    "run_until_stop",
+    "unheard",
+]
 
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = str(pathlib.Path(torch.__file__).parent)
 # Where a loss is written by hand, the logits went through one of these.
 _SQUASHING = {
     F.softmax, F.log_softmax, F.logsigmoid, F.sigmoid, torch.softmax, torch.log_softmax, torch.sigmoid, torch.logsumexp,
@@ -29,7 +40,24 @@ _SQUASHING = {
 }  # fmt: skip
 
 # Steps log their inputs; what needs no gradient there must not fail or warn because ours has one.
-_TO_PYTHON = {Tensor.numpy, Tensor.__array__, Tensor.__float__, Tensor.__int__, Tensor.item, Tensor.tolist}
+_TO_PYTHON = {
+    Tensor.numpy, Tensor.__array__, Tensor.__float__, Tensor.__int__, Tensor.item, Tensor.tolist, Tensor.__deepcopy__,
+}  # fmt: skip
+
+# What may happen to a label on its way to the loss without its becoming another label.
+_CASTS = {
+    Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.long, Tensor.int,
+    Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.squeeze, Tensor.unsqueeze, Tensor.contiguous, Tensor.view_as,
+    Tensor.reshape_as, Tensor.type_as, Tensor.detach, Tensor.clone, Tensor.cpu, Tensor.cuda, torch.flatten,
+    torch.squeeze, torch.unsqueeze, torch.reshape,
+}  # fmt: skip
+
+Followed = dict[int, tuple[Path, Tensor]]
+"""Leaves of a batch, as they are and cast: by ``id``, where each is from, and the tensor, so that no id is reused."""
+
+
+UNSCALED = "_lightning_robust_unscaled"
+"""Attribute of logits that were divided by a temperature: the logits as they were, for who measures."""
 
 
 class ProbeError(RuntimeError):
@@ -47,10 +75,14 @@ class LossWatcher(TorchFunctionMode):
         index: Which loss call is wanted, 0 for the first.
         stop: End the step there.
         detach: Keep copies without a graph, which what follows in the step cannot change.
+        followed: Leaves of the batch; what casts and views make of them is added.
     """
 
-    def __init__(self, index: int = 0, *, stop: bool = False, detach: bool = False) -> None:
+    def __init__(
+        self, index: int = 0, *, stop: bool = False, detach: bool = False, followed: Followed | None = None
+    ) -> None:
         super().__init__()
+        self.followed = followed
         self.index, self.stop, self.detach = index, stop, detach
         self.count = 0
         self.call: LossCall | None = None
@@ -71,7 +103,20 @@ class LossWatcher(TorchFunctionMode):
             self.hint = f"{getattr(func, '__name__', 'a softmax')} of a tensor {tuple(args[0].shape)} {_place()}"
         elif func in _TO_PYTHON and args:
             args = (args[0].detach(), *args[1:])
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if self.followed is not None and (func in _CASTS or _adds_dimensions(func, args)):
+            known = self.followed.get(id(args[0])) if args else None
+            if known is not None and isinstance(result, Tensor):
+                self.followed[id(result)] = (known[0], result)
+        return result
+
+
+def _adds_dimensions(func: Any, args: Any) -> bool:
+    """``y[:, None]``: new dimensions, everything else as it is."""
+    if func is not Tensor.__getitem__:
+        return False
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return all(part is None or part is Ellipsis or (isinstance(part, slice) and part == slice(None)) for part in index)
 
 
 def _place() -> str:
@@ -80,7 +125,7 @@ def _place() -> str:
         frame.f_code.co_filename.startswith(_TORCH) or frame.f_code.co_filename == __file__
     ):
         frame = frame.f_back
-    return f"in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+    return f"in {frame.f_code.co_name} ({pathlib.Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
 
 
 _UNHEARD: ContextVar[bool] = ContextVar("_UNHEARD", default=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_robust.attach.base import show_image
 from lightning_robust.attach.listener import Heard
@@ -51,7 +51,7 @@ class SaliencySnapshots(Monitor):
         name: Tells two callbacks of this class apart: keys start with ``saliency.{name}``.
 
     Raises:
-        ValueError: If a method is unknown or a number is below 1.
+        ValueError: If a method is unknown, a number is below 1, or the module has no submodule ``layer``.
 
     Example:
         >>> SaliencySnapshots(["gradient"], every_n_epochs=5).key("val_gradient", "iou10_to_anchor")
@@ -135,6 +135,10 @@ class SaliencySnapshots(Monitor):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._forget()  # of another run; a resumed one reads its films from the checkpoint
+
+    def attach(self, trainer: Any, pl_module: Any) -> None:
+        if self.layer is not None:
+            _submodule(pl_module, self.layer)  # fails now, not after the first epoch
 
     def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._values = {}
@@ -251,7 +255,7 @@ class SaliencySnapshots(Monitor):
                 "'gradcam' out of methods=, or name a submodule with layer=."
             )
             return None
-        return function(reading.logits, x, target, layer=reading.module.get_submodule(name))
+        return function(reading.logits, x, target, layer=_submodule(reading.module, name))
 
     def _black(self, x: Tensor) -> Tensor | float:
         if self.pixels.bounds is None:
@@ -268,3 +272,11 @@ class SaliencySnapshots(Monitor):
         if message not in self._unserved:
             self._unserved.add(message)
             warnings.warn(f"SaliencySnapshots: {message}", stacklevel=2)
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module:
+    try:
+        return module.get_submodule(name)
+    except AttributeError as error:
+        names = ", ".join(known for known, _ in module.named_modules() if known)
+        raise ValueError(f"layer={name!r} is no submodule of {type(module).__name__}; it has {names}.") from error

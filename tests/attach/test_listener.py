@@ -247,24 +247,14 @@ STRANGERS = [
     DropoutStaysOn,
     Lambda,
     CatchesEverything,
-]
-KNOWN = [
-    pytest.param(
-        HooksItsNet,
-        marks=pytest.mark.xfail(strict=True, reason="our hook comes before other hooks, for the sake of scale_output"),
-    ),
-    pytest.param(
-        MasksItsLogits,
-        marks=pytest.mark.xfail(strict=True, reason="producer_of compares outputs as they are after the step"),
-    ),
-    pytest.param(
-        IgnoresAClass, marks=pytest.mark.xfail(strict=True, reason="a route does not know the loss's ignore_index")
-    ),
+    HooksItsNet,
+    MasksItsLogits,
+    IgnoresAClass,
 ]
 
 
 @pytest.mark.parametrize("run", ["validate", "test"])
-@pytest.mark.parametrize("shape", STRANGERS + KNOWN, ids=lambda s: s.__name__)
+@pytest.mark.parametrize("shape", STRANGERS, ids=lambda s: s.__name__)
 def test_what_is_heard_is_what_the_loss_got(shape: type[Recording], run: str) -> None:
     check(shape, run)
 
@@ -325,7 +315,6 @@ def test_an_iterator_in_the_place_of_a_batch_is_an_error_that_says_so() -> None:
         check(Fetching)
 
 
-@pytest.mark.xfail(strict=True, reason="a target that looks like a leaf on the first batch is taken for that leaf")
 def test_a_target_that_equals_a_leaf_by_chance_at_first_is_not_taken_for_it() -> None:
     class OneAgainstTheRest(Recording):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -335,7 +324,6 @@ def test_a_target_that_equals_a_leaf_by_chance_at_first_is_not_taken_for_it() ->
     check(OneAgainstTheRest, loader=DataLoader(by_class, 10))
 
 
-@pytest.mark.xfail(strict=True, reason="outputs_into puts a hook on every submodule, and scripted ones take none")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_a_scripted_network_is_heard() -> None:
     class Scripted(Recording):
@@ -351,9 +339,6 @@ def test_samples_are_numbered_in_loader_order() -> None:
     assert hearing.of()[2].tolist() == list(range(N))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="for_listening takes the known route of validation_step before it tries test_step"
-)
 def test_a_test_after_a_fit_hears_the_test_step() -> None:
     module, hearing = zoo.built(OtherHeadInTest), Hearing()
     trainer = zoo.trainer(callbacks=[hearing])
@@ -494,12 +479,7 @@ def test_all_four_monitors_cost_that_forward_and_their_own_queries() -> None:
 @pytest.mark.parametrize(
     "shape",
     [
-        pytest.param(
-            SilentRecording,
-            marks=pytest.mark.xfail(
-                strict=True, reason="for_listening discovers anew on each batch where another step stands in"
-            ),
-        ),
+        SilentRecording,
         NoGradRecording,
     ],
     ids=lambda s: s.__name__,

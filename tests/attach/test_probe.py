@@ -426,9 +426,6 @@ def test_nothing_to_listen_to_is_an_error() -> None:
         Probe().for_listening(zoo.standalone(Nothing), ("test_step",), zoo.ListBatch.batch(4), 0)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a target named by target_key= is not brought into the shape that the loss wants"
-)
 def test_a_target_named_by_hand_is_brought_into_the_shape_of_the_logits() -> None:
     module, batch = zoo.standalone(zoo.OneLogitBinary).eval(), zoo.OneLogitBinary.batch(6)
     step = Step.of(module, "training_step", batch, 0)
@@ -440,7 +437,6 @@ def test_a_target_named_by_hand_is_brought_into_the_shape_of_the_logits() -> Non
     assert torch.equal(read[0].per_sample(), read[1].per_sample())
 
 
-@pytest.mark.xfail(strict=True, reason="the first tensor is counted, whatever it is")
 def test_samples_are_counted_by_a_leaf_that_has_as_many_rows_as_the_loss() -> None:
     class Scaled(Text):
         @staticmethod

@@ -327,9 +327,7 @@ def test_a_users_function_is_a_penalty_and_the_weight_grows_in_every_step() -> N
 def test_it_logs_the_weighted_penalty_and_its_weight() -> None:
     module = zoo.built(NoDropout)
     x, y = zoo.ListBatch.batch(16)
-    expected = squares(
-        lambda z: F.cross_entropy(module.net(z), y, reduction="none"), x, "finite_differences"
-    ).mean()
+    expected = squares(lambda z: F.cross_entropy(module.net(z), y, reduction="none"), x, "finite_differences").mean()
     trainer = zoo.trainer(callbacks=[penalised(name="mine")], max_steps=1)
     trainer.fit(zoo.built(NoDropout), zoo.loader(NoDropout))
     logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -436,6 +434,7 @@ def test_a_step_may_keep_a_deep_copy_of_its_batch() -> None:
     assert torch.equal(flat(fitted(Keeping, penalised())), flat(fitted(zoo.ListBatch, penalised())))
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
 def test_a_skipped_step_stays_skipped() -> None:
     class Skipping(zoo.ListBatch):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

@@ -1,0 +1,568 @@
+"""Snapshots are what captum says of the weights at that moment; drift, films and pictures follow from them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import zoo
+from captum.attr import IntegratedGradients, LayerGradCam
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_robust import PixelSpace, SaliencySnapshots
+from lightning_robust.saliency import drift, filmstrip, quantised
+
+METHODS = ("gradient", "integrated_gradients", "gradcam")
+
+
+def data(n: int = 60, seed: int = 1, batch_size: int = 16, classes: int = 10) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(zoo.images(n, seed), zoo.labels(n, classes)), batch_size)
+
+
+class Net(zoo.ListBatch):
+    """No dropout, and a learning rate at which maps move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 10)
+        )
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("test_loss", F.cross_entropy(self(x), y))
+
+
+class Moments(pl.Callback):
+    """The weights that evaluation measures, and what was logged."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Tensor]] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == dataloader_idx == 0 and not trainer.sanity_checking:
+            self.states.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.logged.append(saliency(trainer))
+
+
+def saliency(trainer: Any) -> dict[str, float]:
+    return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("saliency")}
+
+
+def fit(module: Any, *callbacks: Any, validation: Any = None, training: Any = None, **settings: Any) -> pl.Trainer:
+    path = settings.pop("ckpt_path", None)
+    trainer = zoo.trainer(**{"max_epochs": 3, "callbacks": list(callbacks), **settings})
+    trainer.fit(module, training or data(64, seed=0), validation or data(), ckpt_path=path)
+    return trainer
+
+
+def maps_by_hand(module: nn.Module, x: Tensor, target: Tensor, layer: str = "net.2", black: float = 0.0) -> Any:
+    """The three kinds of maps of a module in eval mode, by captum and by hand."""
+    module.eval()
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(module(leaf).gather(1, target[:, None]).sum(), leaf)
+    integrated = IntegratedGradients(module).attribute(
+        x, torch.full_like(x, black), target, n_steps=16, method="riemann_middle"
+    )
+    cam = LayerGradCam(module, module.get_submodule(layer)).attribute(x, target, relu_attributions=True)
+    cam = F.interpolate(cam, x.shape[2:], mode="bilinear", align_corners=False)
+    found = {"gradient": gradient.abs(), "integrated_gradients": integrated, "gradcam": cam}
+    return {method: maps.sum(1).detach() for method, maps in found.items()}
+
+
+def loaded(shape: type[Any], state: dict[str, Tensor]) -> Any:
+    module = zoo.built(shape)
+    module.load_state_dict(state)
+    return module
+
+
+def assert_maps(found: Tensor, expected: Tensor) -> None:
+    """Equal up to one step of 8 bits."""
+    assert found.shape == expected.shape
+    step = expected.abs().flatten(1).amax(1) / 127
+    assert bool(((found - expected).abs().flatten(1).amax(1) <= 0.51 * step + 1e-7).all())
+
+
+def last_maps(callback: SaliencySnapshots, method: str, stage: str = "val") -> Tensor:
+    return callback._films[stage][method].shown()[-1][1]
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_maps_and_drift_are_those_of_the_weights_at_each_moment(precision: Any) -> None:
+    callback, moments = SaliencySnapshots(METHODS, samples=7), Moments()
+    taken: list[dict[str, Tensor]] = []
+
+    class Photos(pl.Callback):
+        def on_validation_end(self, trainer: Any, *_: Any) -> None:
+            if not trainer.sanity_checking:
+                taken.append({method: last_maps(callback, method) for method in METHODS})
+
+    fit(zoo.built(Net), callback, moments, Photos(), precision=precision)
+    probes = callback._probes["val"]
+    x, y = data().dataset.tensors
+    assert torch.equal(probes.x, x[probes.index])
+    assert torch.equal(probes.label, y[probes.index])
+    modules = [loaded(Net, state) for state in moments.states]
+    expected = [maps_by_hand(module, probes.x, probes.label) for module in modules]
+    with torch.no_grad():
+        predictions = [module.eval()(probes.x).argmax(1) for module in modules]
+    assert len(expected) == len(taken) == len(moments.logged) == 3
+    for i, logged in enumerate(moments.logged):
+        assert logged["saliency/val/flips"] == pytest.approx(float((predictions[i] != predictions[0]).float().mean()))
+        for method in METHODS:
+            assert_maps(taken[i][method], expected[i][method])
+            for since, earlier in (("anchor", 0), ("previous", max(i - 1, 0))):
+                moved = drift(quantised(expected[i][method]).maps(), quantised(expected[earlier][method]).maps())
+                for name, values in moved.items():
+                    key = f"saliency/val_{method}/{name}_to_{since}"
+                    assert logged[key] == pytest.approx(
+                        float(values.mean()), abs=0.02 if method == METHODS[1] else 1e-5
+                    )
+    assert moments.logged[-1]["saliency/val_gradient/iou10_to_anchor"] < 0.9  # something to see
+
+
+def test_the_probe_set_is_stratified_and_a_function_of_the_seed_alone() -> None:
+    def chosen(seed: int = 0, batch_size: int = 16, **settings: Any) -> Any:
+        callback = SaliencySnapshots(["gradient"], samples=10, seed=seed)
+        fit(zoo.built(Net), callback, validation=data(batch_size=batch_size), max_epochs=1, **settings)
+        return callback._probes["val"]
+
+    first = chosen()
+    assert first.label.tolist() == list(range(10))  # one of each class
+    assert chosen(batch_size=7).hash == chosen(num_sanity_val_steps=0).hash == first.hash
+    assert chosen(seed=1).index.tolist() != first.index.tolist()
+
+
+def test_normalised_inputs_start_from_black_and_are_shown_as_pixels(tmp_path: Path) -> None:
+    pixels = PixelSpace(mean=0.3, std=0.2)
+    x, y = data().dataset.tensors
+    normalised = DataLoader(TensorDataset((x - 0.3) / 0.2, y), 16)
+    callback, moments = SaliencySnapshots(["integrated_gradients"], samples=5, pixels=pixels), Moments()
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    fit(zoo.built(Net), callback, moments, validation=normalised, max_epochs=1, logger=logger)
+    probes = callback._probes["val"]
+    module = loaded(Net, moments.states[0])
+    expected = maps_by_hand(module, probes.x, probes.label, black=-1.5)
+    assert_maps(last_maps(callback, "integrated_gradients"), expected["integrated_gradients"])
+    with torch.no_grad():
+        sure, seen = module(probes.x).softmax(1).max(1)
+    shown = callback._films["val"]["integrated_gradients"].shown()
+    picture = filmstrip(probes.x * 0.2 + 0.3, probes.label, seen, sure, shown, (0.0, 1.0))
+    assert np.abs(images(logger, "saliency/val_integrated_gradients/filmstrip")[-1] - picture.numpy()).max() < 2 / 255
+
+
+def images(logger: Any, tag: str) -> list[Any]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger.finalize("success")
+    events = EventAccumulator(str(logger.log_dir), size_guidance={"images": 0})
+    events.Reload()
+    return [
+        np.asarray(Image.open(io.BytesIO(event.encoded_image_string)), dtype=np.float32).transpose(2, 0, 1) / 255
+        for event in events.Images(tag)
+    ]
+
+
+def test_one_filmstrip_a_method_is_logged_again_and_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    callback = SaliencySnapshots(METHODS, samples=3, classes=[f"class {i}" for i in range(10)])
+    fit(zoo.built(Net), callback, logger=logger, max_epochs=4)
+    events = EventAccumulator(str(logger.log_dir), size_guidance={"images": 0})
+    events.Reload()
+    assert set(events.Tags()["images"]) == {f"saliency/val_{method}/filmstrip" for method in METHODS}
+    for method in METHODS:
+        steps = [event.step for event in events.Images(f"saliency/val_{method}/filmstrip")]
+        assert steps == [4, 8, 12, 16]
+    assert len(events.Scalars("saliency/val_gradcam/iou10_to_anchor")) == 4
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs", "expected"), [(1, 3, [1, 2, 3]), (3, 7, [1, 3, 6, 7]), (4, 4, [1, 4]), (10, 3, [1, 3])]
+)
+def test_snapshots_are_taken_first_last_and_when_due(every: int, epochs: int, expected: list[int]) -> None:
+    callback = SaliencySnapshots(["gradient"], every_n_epochs=every, samples=3)
+    moments = Moments()
+    fit(zoo.built(Net), callback, moments, max_epochs=epochs)
+    assert [row["epoch"] for row in callback._history["val"]] == expected
+    assert [row["step"] for row in callback._history["val"]] == [4 * epoch for epoch in expected]
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_maps_and_drift_as_plain_tensors(tmp_path: Path) -> None:
+    callback, moments = SaliencySnapshots(["gradient"], samples=4), Moments()
+    trainer = fit(zoo.built(Net), callback, moments)
+    trainer.save_checkpoint(tmp_path / "full.ckpt")
+    entry = torch.load(tmp_path / "full.ckpt", weights_only=True)["lightning_robust"]["saliency"]["val"]
+    assert entry["hash"] == callback._probes["val"].hash
+    assert entry["indices"] == callback._probes["val"].index.tolist()
+    for row, logged in zip(entry["drift"], moments.logged, strict=True):
+        for name, value in row["gradient"].items():
+            assert logged[f"saliency/val_gradient/{name}"] == pytest.approx(value, rel=1e-6)
+    anchor = entry["films"]["gradient"]["kept"][0]
+    expected = maps_by_hand(loaded(Net, moments.states[0]), callback._probes["val"].x, callback._probes["val"].label)
+    assert anchor["values"].dtype == torch.int8
+    assert_maps(anchor["values"].double() * anchor["scale"].view(-1, 1, 1), expected["gradient"].double())
+
+
+def keeping(folder: Path, **settings: Any) -> Any:
+    return pl.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1, **settings)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_resumed_run_goes_on_with_the_same_anchor(tmp_path: Path, every: int) -> None:
+    def run(epochs: int, path: Any = None) -> tuple[Any, Any]:
+        callback = SaliencySnapshots(["gradient", "gradcam"], samples=4, every_n_epochs=every)
+        checkpoints = keeping(tmp_path / str(epochs))
+        trainer = fit(
+            zoo.built(Net), callback, checkpoints, max_epochs=epochs, ckpt_path=path, enable_checkpointing=True
+        )
+        return callback, saliency(trainer)
+
+    whole, metrics = run(5)
+    resumed, same = run(5, tmp_path / "5" / "epoch=2.ckpt")
+    assert resumed._history == whole._history
+    assert same == metrics
+    for method, film in whole._films["val"].items():
+        assert [c for c, _ in film.shown()] == [c for c, _ in resumed._films["val"][method].shown()]
+        for (_, maps), (_, other) in zip(film.shown(), resumed._films["val"][method].shown(), strict=True):
+            assert torch.equal(maps, other)
+
+
+def test_other_data_set_a_new_anchor_and_say_so(tmp_path: Path) -> None:
+    trainer = fit(zoo.built(Net), SaliencySnapshots(["gradient"], samples=4), max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    callback = SaliencySnapshots(["gradient"], samples=4)
+    with pytest.warns(UserWarning, match="explain other samples.*a new anchor is set"):
+        resumed = fit(zoo.built(Net), callback, max_epochs=3, ckpt_path=tmp_path / "x.ckpt", validation=data(seed=9))
+    assert saliency(resumed)["saliency/val_gradient/iou10_to_anchor"] == 1
+    assert [row["epoch"] for row in callback._history["val"]] == [3]
+
+
+def test_validate_measures_the_drift_to_the_anchor_of_the_checkpoint(tmp_path: Path) -> None:
+    moments = Moments()
+    fitting = SaliencySnapshots(METHODS, samples=4)
+    weightless = keeping(tmp_path / "weights", save_weights_only=True, every_n_epochs=3)
+    fit(zoo.built(Net), fitting, moments, weightless, keeping(tmp_path), enable_checkpointing=True)
+    for path in (tmp_path / "epoch=2.ckpt", tmp_path / "weights" / "epoch=2.ckpt"):
+        callback = SaliencySnapshots(METHODS, samples=4)
+        trainer = zoo.trainer(callbacks=[callback])
+        trainer.validate(zoo.built(Net), data(), ckpt_path=path, verbose=False)
+        found, expected = saliency(trainer), moments.logged[-1]
+        assert {k: v for k, v in found.items() if "anchor" in k or "flips" in k} == pytest.approx(
+            {k: v for k, v in expected.items() if "anchor" in k or "flips" in k}, abs=1e-6
+        )
+        assert found["saliency/val_gradient/iou10_to_previous"] == 1  # the checkpoint's last snapshot is of its weights
+
+
+def test_the_test_stage_has_a_probe_set_of_its_own() -> None:
+    callback = SaliencySnapshots(["gradient"], samples=4, stages=["val", "test"], name="mine")
+    module = zoo.built(Net)
+    trainer = fit(module, callback)
+    other = data(40, seed=5)
+    trainer.test(module, other, verbose=False)
+    assert saliency(trainer)["saliency.mine/test_gradient/iou10_to_anchor"] == 1
+    probes = callback._probes["test"]
+    assert torch.equal(probes.x, other.dataset.tensors[0][probes.index])
+    expected = maps_by_hand(module, probes.x, probes.label)["gradient"]
+    assert_maps(last_maps(callback, "gradient", "test"), expected)
+    assert set(callback.section()["saliency.mine"]) == {"val", "test"}
+
+
+# -- strangers -------------------------------------------------------------------------------------------------------
+
+
+class Tabular(zoo.ListBatch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+
+
+def test_tables_have_no_pictures_and_no_grad_cam_but_drift(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    x, y = data().dataset.tensors
+    table = DataLoader(TensorDataset(x.flatten(1), y), 16)
+    callback, moments = SaliencySnapshots(METHODS, samples=4), Moments()
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    with pytest.warns(UserWarning, match=r"Grad-CAM explains pictures.*\(4, 64\)") as caught:
+        fit(zoo.built(Tabular), callback, moments, training=table, validation=table, logger=logger)
+    assert sum("Grad-CAM" in str(w.message) for w in caught) == 1
+    logged = moments.logged[-1]
+    assert not any("gradcam" in key for key in logged)
+    assert logged["saliency/val_gradient/iou10_to_anchor"] <= 1
+    probes = callback._probes["val"]
+    leaf = probes.x.clone().requires_grad_()
+    z = loaded(Tabular, moments.states[-1]).eval()(leaf)
+    (gradient,) = torch.autograd.grad(z.gather(1, probes.label[:, None]).sum(), leaf)
+    assert_maps(last_maps(callback, "gradient"), gradient.abs())
+    logger.finalize("success")
+    events = EventAccumulator(str(logger.log_dir))
+    events.Reload()
+    assert not events.Tags()["images"]
+
+
+class NoConvolution(zoo.ListBatch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def test_without_a_convolution_grad_cam_is_left_out_with_one_warning() -> None:
+    with pytest.warns(UserWarning, match="no convolution") as caught:
+        trainer = fit(zoo.built(NoConvolution), SaliencySnapshots(METHODS, samples=4))
+    assert sum("SaliencySnapshots" in str(w.message) for w in caught) == 1
+    assert {key.split("/")[1] for key in saliency(trainer)} == {"val", "val_gradient", "val_integrated_gradients"}
+
+
+def test_a_layer_can_be_named_and_a_wrong_name_stops_before_training() -> None:
+    callback, moments = SaliencySnapshots(["gradcam"], samples=4, layer="net.0"), Moments()
+    fit(zoo.built(Net), callback, moments)
+    probes = callback._probes["val"]
+    named, found = (
+        maps_by_hand(loaded(Net, moments.states[-1]), probes.x, probes.label, layer)["gradcam"]
+        for layer in ("net.0", "net.2")
+    )
+    assert_maps(last_maps(callback, "gradcam"), named)
+    assert not torch.allclose(named, found)
+    trainer = zoo.trainer(callbacks=[SaliencySnapshots(["gradcam"], layer="net.conv")])
+    with pytest.raises(ValueError, match=r"layer='net\.conv'.*net\.0, net\.1"):
+        trainer.fit(zoo.built(Net), data(), data())
+    assert trainer.global_step == 0
+
+
+class OneLogit(zoo.ListBatch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.binary_cross_entropy_with_logits(self(x), y.float().unsqueeze(1))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+
+def test_a_yes_no_head_is_explained_for_the_answer_that_is_right() -> None:
+    callback, moments = SaliencySnapshots(["integrated_gradients"], samples=6), Moments()
+    fit(zoo.built(OneLogit), callback, moments, training=data(64, 0, classes=2), validation=data(classes=2))
+    probes = callback._probes["val"]
+    assert probes.label.tolist() == [0, 0, 0, 1, 1, 1]
+    module = loaded(OneLogit, moments.states[-1]).eval()
+    maps = IntegratedGradients(module).attribute(probes.x, n_steps=16, method="riemann_middle").sum(1)
+    sign = torch.where(probes.label == 1, 1.0, -1.0).view(-1, 1, 1)
+    assert_maps(last_maps(callback, "integrated_gradients"), maps * sign)
+    with torch.no_grad():
+        before, after = (
+            (loaded(OneLogit, s).eval()(probes.x) > 0).long() for s in (moments.states[0], moments.states[-1])
+        )
+    assert moments.logged[-1]["saliency/val/flips"] == pytest.approx(float((before != after).float().mean()))
+
+
+class LogSoftmax(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).log_softmax(1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.nll_loss(self(x), y)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+
+def test_a_log_softmax_head_is_explained_as_it_is() -> None:
+    callback, moments = SaliencySnapshots(METHODS, samples=4), Moments()
+    fit(zoo.built(LogSoftmax), callback, moments)
+    probes = callback._probes["val"]
+    expected = maps_by_hand(loaded(LogSoftmax, moments.states[-1]), probes.x, probes.label)
+    for method in METHODS:
+        assert_maps(last_maps(callback, method), expected[method])
+
+
+class Segmentation(zoo.ListBatch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(1, 3, 3, padding=1)
+
+
+def test_segmentation_gets_one_warning_and_the_run_goes_on() -> None:
+    x, _ = data().dataset.tensors
+    loader = DataLoader(TensorDataset(x, (x[:, 0] * 2.99).long()), 16)
+    with pytest.warns(UserWarning, match="one class a sample can be explained") as caught:
+        trainer = fit(zoo.built(Segmentation), SaliencySnapshots(samples=4), training=loader, validation=loader)
+    assert sum("one class a sample" in str(w.message) for w in caught) == 1
+    assert trainer.current_epoch == 3
+    assert not saliency(trainer)
+
+
+class OddValidation(Net):
+    """Another make of batch in validation, written into by the step, without a loss, from the second loader too."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        batch["x"].mul_(2).sub_(1)
+        return self.net(batch["x"]).argmax(1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch["x"] * 2 - 1), batch["y"])
+
+
+def test_a_step_that_writes_into_its_batch_and_has_no_loss_is_explained_all_the_same() -> None:
+    def loader(seed: int) -> Any:
+        x, y = data(seed=seed).dataset.tensors
+        rows = [{"x": x[i], "y": y[i], "id": f"{i}"} for i in range(len(x))]
+        return DataLoader(rows, 16)
+
+    callback, moments = SaliencySnapshots(METHODS, samples=4), Moments()
+    fit(zoo.built(OddValidation), callback, moments, training=loader(0), validation=[loader(1), loader(2)])
+    probes = callback._probes["val"]
+    assert torch.equal(probes.x, data().dataset.tensors[0][probes.index])
+    module = loaded(OddValidation, moments.states[-1]).eval()
+    leaf = probes.x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(module.net(leaf * 2 - 1).gather(1, probes.label[:, None]).sum(), leaf)
+    assert_maps(last_maps(callback, "gradient"), gradient.abs().sum(1))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_averaged_weights_are_explained_where_validation_measures_them(last: bool) -> None:
+    callback, moments = SaliencySnapshots(METHODS, samples=4), Moments()
+    average, trained = pl.callbacks.EMAWeightAveraging(decay=0.7), {}
+
+    class Trained(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trained.update({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+    callbacks = [average, callback, moments, Trained()]
+    fit(zoo.built(Net), *(reversed(callbacks) if last else callbacks), max_epochs=2)
+    probes = callback._probes["val"]
+    expected = maps_by_hand(loaded(Net, moments.states[1]), probes.x, probes.label)
+    for method in METHODS:
+        assert_maps(last_maps(callback, method), expected[method])
+    others = maps_by_hand(loaded(Net, trained), probes.x, probes.label)
+    assert float(drift(expected["gradient"], others["gradient"])["iou10"].mean()) < 0.99
+
+
+# -- nothing changes -------------------------------------------------------------------------------------------------
+
+
+def sha(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for value in module.state_dict().values():
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_training_run_does_not_change_by_a_bit(workers: int) -> None:
+    def run(*callbacks: Any) -> tuple[str, Tensor]:
+        module = zoo.built(zoo.SharedStepWithMetrics)  # dropout, BatchNorm, metrics
+        dataset = data(64, 0).dataset
+        training = DataLoader(dataset, 16, shuffle=True, num_workers=workers)
+        validation = DataLoader(data().dataset, 16, num_workers=workers)
+        fit(module, *callbacks, training=training, validation=validation)
+        return sha(module), torch.rand(3)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
+        expected, stream = run()
+        found, same = run(SaliencySnapshots(METHODS, samples=4))
+    assert found == expected
+    assert torch.equal(stream, same)
+
+
+def left(module: nn.Module) -> list[Any]:
+    ours = ("training_step", "validation_step", "on_save_checkpoint", "log", "log_dict", "manual_backward")
+    hooks = [hook for part in module.modules() for hook in (*part._forward_hooks, *part._forward_pre_hooks)]
+    return hooks + [name for part in module.modules() for name in ours if name in vars(part)]
+
+
+def test_nothing_is_left_on_the_module_after_a_run_or_a_crash() -> None:
+    module = zoo.built(Net)
+    callback = SaliencySnapshots(METHODS, samples=4)
+    trainer = fit(module, callback)
+    trainer.validate(module, data(), verbose=False)
+    assert not left(module)
+    assert all(p.requires_grad for p in module.parameters())
+
+    class Crashing(Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1 and self.trainer.current_epoch == 1:
+                raise ZeroDivisionError
+            super().validation_step(batch, batch_idx)
+
+    module = zoo.built(Crashing)
+    with pytest.raises(ZeroDivisionError):
+        fit(module, SaliencySnapshots(METHODS, samples=4))
+    assert not left(module)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: SaliencySnapshots("gradient"), "a list of methods"),
+        (lambda: SaliencySnapshots([]), "a list of methods"),
+        (lambda: SaliencySnapshots(["grad-cam"]), "Did you mean 'gradcam'"),
+        (lambda: SaliencySnapshots(every_n_epochs=0), "at least 1"),
+        (lambda: SaliencySnapshots(samples=0), "at least 1"),
+        (lambda: SaliencySnapshots(stages=["train"]), "'val', 'test'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make: Callable[[], Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_a_probe_set_larger_than_a_batch_and_than_the_data_is_explained() -> None:
+    callback, moments = SaliencySnapshots(["gradient"], samples=40), Moments()
+    fit(zoo.built(Net), callback, moments, validation=data(30, batch_size=7))
+    probes = callback._probes["val"]
+    assert len(probes) == 30
+    expected = maps_by_hand(loaded(Net, moments.states[-1]), probes.x, probes.label)["gradient"]
+    assert_maps(last_maps(callback, "gradient"), expected)
+
+
+def test_one_callback_serves_a_second_run_from_its_own_anchor() -> None:
+    callback, moments = SaliencySnapshots(["gradient"], samples=4), Moments()
+    fit(zoo.built(Net), callback)
+    fit(zoo.built(Net), callback, moments)
+    assert moments.logged[0]["saliency/val_gradient/iou10_to_anchor"] == 1
+    assert len(callback._history["val"]) == 3
+
+
+def test_two_processes_explain_the_samples_and_log_the_numbers_of_one(tmp_path: Path) -> None:
+    script, result = Path(__file__).parent / "two_processes_saliency.py", tmp_path / "result.json"
+    subprocess.run([sys.executable, script, "snapshots", result], check=True, timeout=240, capture_output=True)
+    found = json.loads(result.read_text())
+    assert len(found["1"]) == 1 + 2 * 4 + 6
+    assert found["2"] == pytest.approx(found["1"], abs=1e-6)
+    assert found["1"]["saliency/val_gradient/iou10_to_anchor"] < 0.9
