@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-OVERRIDES = "changes, e.g. trainer.max_epochs=5 vars.eps=8/255 callbacks.robust=null"
+OVERRIDES = "changes, e.g. trainer.max_epochs=5 vars.eps=8/255 callbacks.ood=null"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -62,6 +62,12 @@ def stored_temperature(entry: Mapping[str, Any], *, name: str | None = None, str
         if strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=3)
+    if section.get("at_bound"):
+        warnings.warn(
+            f"the temperature {section['temperature']:g} is a bound, not a finding: for the {section['samples']} "
+            "predictions it was fitted on no best one exists (all right, or no better than chance). Fit it on more.",
+            stacklevel=3,
+        )
     return float(section["temperature"])
 
 

@@ -30,8 +30,9 @@ class SaliencySnapshots(Monitor):
     measures, in eval mode; the training run does not change by a bit.
 
     Logs, for each method, ``saliency/val_{method}/iou10_to_anchor`` and ``iou10_to_previous`` (overlap of the 10 % of
-    inputs that matter most; unrelated maps have about 0.05), ``cosine_to_anchor`` and ``cosine_to_previous`` (centred),
-    and ``saliency/val/flips`` (share of probes predicted otherwise than at the anchor). TensorBoard's image
+    inputs that matter most; dense unrelated maps share about 0.05, maps that are empty wherever the input is share
+    more), ``cosine_to_anchor`` and ``cosine_to_previous`` (centred), and ``saliency/val/flips`` (share of probes
+    predicted otherwise than at the anchor). TensorBoard's image
     ``saliency/val_{method}/filmstrip`` shows inputs, the maps from first to now, and what changed. Maps (8 bits) and
     drift are kept in every checkpoint; a resumed run goes on with the same anchor.
 

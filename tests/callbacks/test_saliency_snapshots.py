@@ -268,6 +268,7 @@ def test_other_data_set_a_new_anchor_and_say_so(tmp_path: Path) -> None:
     assert [row["epoch"] for row in callback._history["val"]] == [3]
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_validate_measures_the_drift_to_the_anchor_of_the_checkpoint(tmp_path: Path) -> None:
     moments = Moments()
     fitting = SaliencySnapshots(METHODS, samples=4)
