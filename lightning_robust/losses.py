@@ -139,8 +139,9 @@ class LossCall:
         """
         log_p, labels = self.log_probabilities().movedim(1, -1), self.labels()
         sample = torch.arange(len(log_p), device=log_p.device).view(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)
+        rows = log_p.reshape(-1, log_p.shape[-1]), labels.flatten(), sample.flatten()
         counted = self._counted().flatten()
-        return log_p.reshape(-1, log_p.shape[-1])[counted], labels.flatten()[counted], sample.flatten()[counted]
+        return rows if bool(counted.all()) else (rows[0][counted], rows[1][counted], rows[2][counted])
 
     def class_logits(self) -> Tensor | None:
         """Logits ``(N, K)`` of one prediction a sample; None for pixels, several labels, and log-probabilities.

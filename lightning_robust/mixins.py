@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -98,10 +98,11 @@ class CalibratedMixin(_Module):
 
     List it before the Lightning base. In eval mode, outside of ``Trainer.fit``, the logits of a module that was loaded
     from a checkpoint are divided by the temperature that :class:`~lightning_robust.TemperatureScaling` stored there, as
-    :func:`~lightning_robust.calibrated` does it. Checkpoints without a temperature load as ever.
+    :func:`~lightning_robust.calibrated` does it. Checkpoints without a temperature load as ever, and a ``fit`` forgets
+    the temperature: it belongs to the weights that were loaded.
 
     Attributes:
-        temperature: What was loaded; None if there was none.
+        temperature: What was loaded; None if there was none, or if the module was trained on since.
 
     Example:
         >>> import pytorch_lightning as pl
@@ -111,14 +112,12 @@ class CalibratedMixin(_Module):
     """
 
     temperature: float | None = None
+    _unscale: Callable[[], None] | None = None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning's hook: take the temperature over."""
         super().on_load_checkpoint(checkpoint)
-        undo, self._unscale = getattr(self, "_unscale", None), None
-        if undo is not None:
-            undo()
-        self.temperature = None
+        self._forget_temperature()
         try:
             entry = read_entry(checkpoint)
             temperature = stored_temperature(entry)
@@ -129,6 +128,17 @@ class CalibratedMixin(_Module):
             return
         self.temperature = temperature
         self._unscale = scale_output(self, route, self._present_temperature)
+
+    def on_fit_start(self) -> None:
+        """Lightning's hook: forget the temperature, since what is trained on becomes another model."""
+        super().on_fit_start()
+        self._forget_temperature()
+
+    def _forget_temperature(self) -> None:
+        undo, self._unscale = self._unscale, None
+        if undo is not None:
+            undo()
+        self.temperature = None
 
     def _present_temperature(self) -> float | None:
         return None if self.training or (self._trainer and _sees_raw_logits(self._trainer)) else self.temperature

@@ -67,6 +67,7 @@ class _Running:
         self.unused = {handle.owner: handle for handle in handles if handle.by_hand}
         self.asked: Any = None
         self.state = RandomState.capture()
+        self.constants = _constants(clean.module)
         self.watchers = {handle.loss_index: LossWatcher(handle.loss_index) for handle in self.adding}
 
     def run(self) -> Any:
@@ -119,6 +120,16 @@ class _Running:
                     total = total + term
                 self.unused.pop(handle.owner, None)
         return total
+
+    def end(self) -> None:
+        """Statistics that a step keeps of its inputs (running means) have no graph otherwise: nor do they with ours.
+
+        Else the next step would lead back into this one, whose graph is used up.
+        """
+        for holder, name in self.constants:
+            now = holder.get(name)
+            if isinstance(now, Tensor) and now.requires_grad:
+                holder[name] = now.detach()  # the same memory; the graph of this step goes on with the other one
 
     def _step_of(self, handle: Handle) -> Step:
         return self.fed if handle.at == "fed" or self.fed.batch is self.clean.batch else self.clean
@@ -282,10 +293,20 @@ def _run_and_add(seam: _Seam, clean: Step, fed: Step, handles: list[Handle]) -> 
             f"{owner}: {type(fed.module).__name__} says that its training_step does this by hand (by_hand = True), but "
             f"the step did not call {missing}."
         )
-    if output is None:
-        return None
-    total = running.added(by_hand=False)
-    return _plus(output, total)
+    total = 0.0 if output is None else running.added(by_hand=False)
+    running.end()
+    return None if output is None else _plus(output, total)
+
+
+def _constants(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where a module, or one of its parts, holds a tensor without a graph: in which dict, and under which name."""
+    holders = [holder for part in module.modules() for holder in (vars(part), vars(part)["_buffers"])]
+    return [
+        (holder, name)
+        for holder in holders
+        for name, value in holder.items()
+        if isinstance(value, Tensor) and not value.requires_grad
+    ]
 
 
 def _plus(output: Any, term: Tensor | float) -> Any:

@@ -80,9 +80,9 @@ class SaliencyRegularization(RobustCallback):
         owner = getattr(penalty, "__self__", penalty)  # of a bound method
         if str(getattr(owner, "__module__", "")).split(".")[0] == "captum":
             raise TypeError(
-                f"{getattr(owner, '__name__', type(owner).__name__)} of captum is not differentiable with respect to parameters: as a penalty it "
-                "trains nothing. Use InputGradientPenalty or RightReasons, or write one with "
-                "torch.autograd.grad(..., create_graph=True)."
+                f"{getattr(owner, '__name__', type(owner).__name__)} of captum is not differentiable with respect to "
+                "parameters: as a penalty it trains nothing. Use InputGradientPenalty or RightReasons, or write one "
+                "with torch.autograd.grad(..., create_graph=True)."
             )
         if not callable(penalty) or isinstance(penalty, type):
             raise TypeError(f"penalty= must be a callable (logits_fn, x, y) -> scalar, got {penalty!r}.")

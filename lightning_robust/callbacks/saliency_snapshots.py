@@ -156,7 +156,7 @@ class SaliencySnapshots(Monitor):
             )
             self._candidates = None
             return
-        self._shape, kept = heard.x.shape[1:], heard.counts
+        self._shape, kept = heard.x.shape[1:], heard.counts & heard.call.counted().cpu()
         self._candidates.offer(heard.index[kept], labels.flatten().cpu()[kept], heard.x.cpu()[kept])
 
     def last(self, trainer: Any, template: Step, stage: str) -> None:

@@ -60,11 +60,13 @@ class Film:
         names = ["first: ", *[""] * (len(self._kept) - 3), "previous: ", "now: "]
         if len(self._kept) < 3:
             names = ["first: ", "now: "][: len(self._kept)]
-        rows = [(name + caption, maps.maps()) for name, (_, caption, maps) in zip(names, self._kept, strict=True)]
+        rows = [(number, name + caption, maps) for name, (number, caption, maps) in zip(names, self._kept, strict=True)]
         between = rows[1:-2]
         if len(between) > SHOWN_BETWEEN:
-            between = [between[len(between) * i // (SHOWN_BETWEEN + 1)] for i in range(1, SHOWN_BETWEEN + 1)]
-        return rows[:1] + between + rows[1:][-2:]
+            # Those nearest to an even spacing in time.
+            times = [len(self) * i / (SHOWN_BETWEEN + 1) for i in range(1, SHOWN_BETWEEN + 1)]
+            between = [min(between, key=lambda row: abs(row[0] - time)) for time in times]
+        return [(caption, maps.maps()) for _, caption, maps in rows[:1] + between + rows[1:][-2:]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and tensors, for a checkpoint."""

@@ -193,14 +193,15 @@ class HandFiniteDifferences(Plain):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         x = x.clone().requires_grad_()
-        losses = F.cross_entropy(self.net(x), y, reduction="none")
+        logits = self.net(x)
+        loss, losses = F.cross_entropy(logits, y), F.cross_entropy(logits, y, reduction="none")
         (gradient,) = torch.autograd.grad(losses.sum(), x, retain_graph=True)
         direction = F.normalize(gradient.flatten(1)).view_as(x)
         h = 0.13 * x.detach().flatten(1).norm(dim=1).mean()
         there = F.cross_entropy(self.net(x.detach() + h * direction), y, reduction="none")
         penalty = 0.1 * ((there - losses) / h).square().mean()
-        self.log_dict({"train/loss": losses.mean(), "train/penalty": penalty}, on_step=False, on_epoch=True)
-        return losses.mean() + penalty
+        self.log_dict({"train/loss": loss, "train/penalty": penalty}, on_step=False, on_epoch=True)
+        return loss + penalty
 
 
 class HandDoubleBackward(Plain):
@@ -209,8 +210,9 @@ class HandDoubleBackward(Plain):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         x = x.clone().requires_grad_()
-        losses = F.cross_entropy(self.net(x), y, reduction="none")
+        logits = self.net(x)
+        loss, losses = F.cross_entropy(logits, y), F.cross_entropy(logits, y, reduction="none")
         (gradient,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
         penalty = 0.1 * gradient.flatten(1).square().sum(1).mean()
-        self.log_dict({"train/loss": losses.mean(), "train/penalty": penalty}, on_step=False, on_epoch=True)
-        return losses.mean() + penalty
+        self.log_dict({"train/loss": loss, "train/penalty": penalty}, on_step=False, on_epoch=True)
+        return loss + penalty

@@ -427,6 +427,14 @@ def test_segmentation_gets_one_warning_and_the_run_goes_on() -> None:
     assert not saliency(trainer)
 
 
+def test_samples_without_a_label_are_no_probes() -> None:
+    x, y = data().dataset.tensors
+    y = torch.where(torch.arange(len(y)) % 2 == 0, -100, y)
+    callback = SaliencySnapshots(METHODS, samples=30)
+    fit(zoo.built(Net), callback, validation=DataLoader(TensorDataset(x, y), 16))
+    assert sorted(callback._probes["val"].index.tolist()) == list(range(1, 60, 2))
+
+
 class OddValidation(Net):
     """Another make of batch in validation, written into by the step, without a loss, from the second loader too."""
 

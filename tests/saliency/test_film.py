@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_a_long_film_keeps_little_spread_evenly_and_every_map_with_its_own_capti
     assert numbers[-2:] == [n - 2, n - 1]
     assert numbers == sorted(set(numbers))
     between = numbers[1:-2]
-    gaps = {b - a for a, b in zip(between, between[1:], strict=False)}
+    gaps = {b - a for a, b in itertools.pairwise(between)}
     assert len(gaps) <= 1  # every second, every fourth, ...
     assert all(gap & (gap - 1) == 0 for gap in gaps)
     for caption, found in shown:
@@ -94,11 +95,15 @@ def test_a_long_film_keeps_little_spread_evenly_and_every_map_with_its_own_capti
 
 
 def test_snapshots_between_cover_the_run() -> None:
-    for n in range(8, 300):
-        between = [row["number"] for row in filmed(snapshots(1) * n).to_dict()["kept"]][1:-2]
-        assert len(between) >= 2
-        assert between[0] <= n / 2  # not only the recent past
-        assert between[-1] >= n / 4  # not only the distant one
+    film, (maps,) = Film(), snapshots(1)
+    for n in range(1, 400):
+        film.add(str(n - 1), maps)
+        if n >= 6:
+            numbers = [int(caption.split()[-1]) for caption, _ in film.shown()]
+            assert len(set(numbers)) == 5
+            # At about a third and two thirds of the time, as well as what is kept allows.
+            assert abs(numbers[1] - n / 3) <= n / 6
+            assert abs(numbers[2] - 2 * n / 3) <= n / 6
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 3, 9, 40])
