@@ -75,6 +75,11 @@ class RobustCallback(_Callback):
         """Unique among callbacks of one class with different names."""
         return f"{type(self).__qualname__}{{'name': {self.name!r}}}"
 
+    @property
+    def label(self) -> str:
+        """What it is called in messages and settings."""
+        return type(self).__name__
+
     def key(self, stage: str, metric: str) -> str:
         """A log key, ``area/stage/metric``."""
         return f"{self.area}/{stage}/{metric}"
@@ -124,7 +129,7 @@ class RobustCallback(_Callback):
             # One patch for all of us, in the hands of the first.
             self.on_detach(record_into_every_checkpoint(pl_module, lambda: sections(trainer), __version__))
         rows = "\n".join(f"| {name} | `{value}` |" for name, value in self.settings().items())
-        show_text(trainer, self.key("settings", type(self).__name__), f"| setting | value |\n|---|---|\n{rows}")
+        show_text(trainer, self.key("settings", self.label), f"| setting | value |\n|---|---|\n{rows}")
         self.attach(trainer, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:

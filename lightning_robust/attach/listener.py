@@ -81,7 +81,7 @@ class Listener:
         self._end = ExitStack()
         self._hear: Callable[[], LossCall | None] | None = None
         self._heard: Heard | None = None
-        self._warned = False
+        self._warned = self.announced = False
 
     def reset(self) -> None:
         """Count samples from 0 again."""
@@ -200,7 +200,7 @@ class Listener:
         conformed = call.conformed(leaf)
         return replace(call, target=leaf if conformed is None else conformed)
 
-    def _hook(self, step: Step, route: Route, loader: int) -> Callable[[], LossCall]:
+    def _hook(self, step: Step, route: Route, loader: int) -> Callable[[], LossCall | None]:
         outputs: list[Tensor] = []
 
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -210,13 +210,18 @@ class Listener:
         hook = step.module.get_submodule(route.module or "").register_forward_hook(keep)
         self._end.callback(hook.remove)
 
-        def hear() -> LossCall:
+        def hear() -> LossCall | None:
             # Pictures for a log, or test-time augmentation: which of several calls is meant is found out by reading.
             seen = (loader, len(outputs))
             place = 0 if len(outputs) == 1 else self._places.get(seen)
             if place is not None:
                 return call_at(route, outputs[place], get(self._batch, route.target or ()))
-            call = self._read(step)
+            try:
+                call = self._read(step)
+            except ProbeError:
+                if outputs:
+                    raise
+                return None  # a batch that the step leaves alone
             alike = [i for i, output in enumerate(outputs) if _alike(route.logits_from(output), call.logits)]
             self._places[seen] = alike[0] if alike else None
             return call

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lightning_robust.attach.listener import Heard, Listener
 from lightning_robust.attach.loaders import evaluation_loaders
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.step import Step
+from lightning_robust.attach.watcher import ProbeError
 
 __all__ = ["Monitor", "suffixes"]
 
@@ -39,6 +41,8 @@ class Monitor(RobustCallback):
         self.stages = tuple(stages)
         self.listener = Listener(probe)
         self._template: Step | None = None
+        self._entry: dict[str, Any] = {}  # what the checkpoint gets: of the last validation, or brought by a checkpoint
+        self._unreadable = False
 
     @property
     def state_key(self) -> str:
@@ -46,6 +50,16 @@ class Monitor(RobustCallback):
 
     def clashes(self, other: RobustCallback) -> bool:
         return bool(set(self.stages) & set(getattr(other, "stages", self.stages)))
+
+    @property
+    def label(self) -> str:
+        return super().label if len(self.stages) > 1 else f"{super().label}_{self.stages[0]}"
+
+    def section(self) -> Mapping[str, Any]:
+        return {self.area: self._entry} if self._entry else {}
+
+    def restore(self, entry: Mapping[str, Any]) -> None:
+        self._entry = dict(entry.get(self.area, {}))  # until it is measured again
 
     # -- for subclasses ------------------------------------------------------------------------------------------
 
@@ -64,6 +78,10 @@ class Monitor(RobustCallback):
     def finish(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """After the last batch of all loaders: compute and log."""
 
+    def record(self, trainer: Any, measured: Mapping[str, Any]) -> None:
+        """What checkpoints get from now on, and the step of the weights that it is about."""
+        self._entry = {**measured, "measured_step": int(trainer.global_step)} if measured else {}
+
     def log_values(self, pl_module: Any, values: dict[str, float], n: int) -> None:
         """Log what is equal on all processes already."""
         for key, value in values.items():
@@ -80,6 +98,9 @@ class Monitor(RobustCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._unreadable = False
+        if stage == "fit":
+            self._entry = {}  # of another run; a resumed one reads its own from the checkpoint
         # Who reads alike listens together: the way to the logits is found once a run, not once a callback.
         first = next(c for c in trainer.callbacks if isinstance(c, Monitor) and c.probe is self.probe)
         self.listener = Listener(self.probe) if first is self else first.listener
@@ -132,10 +153,22 @@ class Monitor(RobustCallback):
     def _before(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, loader: int, stage: str) -> None:
         if self._active(trainer, stage):
             step = self.listener.start(trainer, pl_module, stage, batch, batch_idx, loader)
+            if not self.listener.announced:
+                self.listener.announced = True
+                self.say(trainer, f"{stage} is measured on what {step.name} gives its loss: {self.probe.found(step)}.")
             if loader == 0 and self._template is None and type(self).last is not Monitor.last:
-                readable = self.listener.readable(stage)
-                self._template = readable.with_batch(rebuilt(batch, {}, copied))  # steps may write into their batch
+                self._template = self._copy_to_read(batch, stage)
             self.before(trainer, step, batch_idx, loader, stage)
+
+    def _copy_to_read(self, batch: Any, stage: str) -> Step | None:
+        if self._unreadable:
+            return None
+        try:
+            return self.listener.readable(stage).with_batch(rebuilt(batch, {}, copied))  # steps may write into theirs
+        except ProbeError as error:
+            self._unreadable = True
+            warnings.warn(f"{self.label} measures nothing: {error}", stacklevel=2)
+            return None
 
     @torch.inference_mode(False)
     def _after(self, trainer: Any, pl_module: Any, batch_idx: int, loader: int, stage: str) -> None:

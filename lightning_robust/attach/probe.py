@@ -176,14 +176,19 @@ class Probe:
             )
         return call_at(route, found[0], get(step.batch, target))
 
+    def found(self, step: Step) -> str:
+        """What was found in a step, in words."""
+        return self.routes[step.name].found if step.name in self.routes else "what logits_fn= returns"
+
     # -- discovery -----------------------------------------------------------------------------------------------
 
-    def discover(self, step: Step, *, listening: bool = False) -> Route:
+    def discover(self, step: Step, *, listening: bool = False, graph: bool = True) -> Route:
         """Find the route of one kind of step on its first batch, and remember it.
 
         Args:
             step: The call that Lightning makes (or would make).
             listening: Logits and targets are enough: token ids, frozen backbones and steps without gradients will do.
+            graph: Whether gradients are on.
 
         Raises:
             ProbeError: With what was found, and the argument that settles it.
@@ -213,7 +218,7 @@ class Probe:
             fed = rebuilt(batch, {path: leaf.clone() for path, leaf in inputs.items()}, copied)
             state.restore()
             followed = {id(leaf): (path, leaf) for path, leaf in leaves(fed) if isinstance(leaf, Tensor) and path}
-            with outputs_into(outputs, step.module):
+            with outputs_into(outputs, step.module), torch.set_grad_enabled(graph):
                 call = self.call(step.with_batch(fed), Route(step.name, (), None, ""), followed)
             path, reached = self._input_or_count(call, inputs, step, listening)
             target, cast = (self.target_path, True) if self.target_path else target_of(call, batch, fed, followed)
@@ -299,9 +304,10 @@ class Probe:
                 return step
             if step.name in self._unheard:
                 continue
-            for listening in (False, True):
-                with contextlib.suppress(ProbeError):  # the last resort below says what is wrong
-                    self.discover(step, listening=listening)
+            # With the graph that others need, without an input in it, and where that graph is too large, without it.
+            for how in ({}, {"listening": True}, {"listening": True, "graph": False}):
+                with contextlib.suppress(ProbeError, torch.cuda.OutOfMemoryError):  # the last resort says what is wrong
+                    self.discover(step, **how)
                     return step
             self._unheard.add(step.name)
         return self.for_evaluation(module, names, *args)

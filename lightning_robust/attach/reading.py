@@ -44,10 +44,7 @@ class Reading:
     @property
     def found(self) -> str:
         """What was found, for the user to check."""
-        route = self._route
-        target = "made by the step" if route.target is None else shown(route.target) + " (cast)" * route.cast
-        source = "" if route.module is None else f" from {route.module or 'forward'!r}"
-        return f"input {shown(route.input)} {tuple(self.x.shape)}, targets {target}, {route.kind}{source}"
+        return f"input {shown(self._route.input)} {tuple(self.x.shape)}, {self._route.found}"
 
     @property
     def y(self) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.attach.batches import Path, get, leaves
+from lightning_robust.attach.batches import Path, get, leaves, shown
 from lightning_robust.attach.watcher import Followed
 from lightning_robust.losses import LossCall
 
@@ -44,6 +44,13 @@ class Route:
     cast: bool = False
     ignore_index: int = -100
     differentiable: bool = True
+
+    @property
+    def found(self) -> str:
+        """Targets, loss and module in words, for the user to check."""
+        target = "made by the step" if self.target is None else shown(self.target) + " (cast)" * self.cast
+        source = "" if self.module is None else f" from {self.module or 'forward'!r}"
+        return f"targets {target}, {self.kind}{source}"
 
     def logits_from(self, output: Tensor) -> Tensor:
         """The logits as the loss gets them, from the module's output."""

@@ -198,8 +198,8 @@ def install(
     if add is not None and not by_hand and not getattr(module, "automatic_optimization", True):
         raise RuntimeError(
             f"{owner} adds a term to the loss, but {type(module).__name__} uses manual optimisation, where the step "
-            "calls backward itself. Use a method that only feeds the step (e.g. method='madry'), or automatic "
-            "optimisation."
+            "calls backward itself. Use a method that only feeds the step (e.g. method='madry'), automatic "
+            "optimisation, or let the step ask for the term: RobustTrainingMixin with by_hand = True."
         )
     if seam.undo is None:
         seam.undo = patch(module, "training_step", _dispatch)

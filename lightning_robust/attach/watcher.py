@@ -41,7 +41,8 @@ _SQUASHING = {
 
 # Steps log their inputs; what needs no gradient there must not fail or warn because ours has one.
 _TO_PYTHON = {
-    Tensor.numpy, Tensor.__array__, Tensor.__float__, Tensor.__int__, Tensor.item, Tensor.tolist, Tensor.__deepcopy__,
+    Tensor.numpy, Tensor.__array__, Tensor.__float__, Tensor.__int__, Tensor.__complex__, Tensor.item, Tensor.tolist,
+    Tensor.__deepcopy__,
 }  # fmt: skip
 
 # What may happen to a label on its way to the loss without its becoming another label.

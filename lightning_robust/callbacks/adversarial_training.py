@@ -139,7 +139,6 @@ class AdversarialTraining(RobustCallback):
                 str(self),
                 before=self._craft_once,
                 add=self._divergence,
-                feed=self._fed if self.by_hand else None,
                 loss_index=loss_index,
                 adversary=True,
                 by_hand=self.by_hand,

@@ -16,7 +16,9 @@ __all__ = ["CalibrationMonitor"]
 
 
 class CalibrationMonitor(Monitor):
-    """Measure calibration from the logits of the user's own evaluation step: no extra forward, 45 numbers of state.
+    """Measure calibration from the logits of the user's own evaluation step, in 48 numbers of state.
+
+    One forward a run finds out where the logits are; from then on they are heard, not computed again.
 
     Logs ``calibration/val/ece`` (expected calibration error of the likeliest class, equal-width bins), ``ece_low`` and
     ``ece_high`` (95 % interval), ``ece_floor`` (what a perfectly calibrated model of this size and confidence would
@@ -61,10 +63,6 @@ class CalibrationMonitor(Monitor):
             raise ValueError(f"bins= must be at least 1, got {bins}.")
         self.bins, self.diagram = bins, diagram
         self._sums: dict[int, Reliability] = {}
-        self._entry: dict[str, Any] = {}
-
-    def section(self) -> Mapping[str, Any]:
-        return {self.area: self._entry} if self._entry else {}
 
     def settings(self) -> Mapping[str, Any]:
         return {"bins": self.bins, "stages": ", ".join(self.stages)}
@@ -96,5 +94,7 @@ class CalibrationMonitor(Monitor):
                 title = f"{stage}{suffix}, epoch {trainer.current_epoch + 1}"
                 show_image(trainer, self.key(stage, "reliability") + suffix, reliability_diagram(sums, title))
             if loader == 0 and stage == "val":
-                self._entry = {**measures, "n": sums.n, "bins": sums.to_dict()}
+                # `nll` beside the temperature is about the predictions that it was fitted on.
+                shown = {name: value for name, value in measures.items() if name != "nll"}
+                self.record(trainer, {**shown, "n": sums.n, "bins": {**sums.to_dict(), "nll": measures["nll"]}})
         self._sums = {}

@@ -96,13 +96,9 @@ class RobustAccuracy(Monitor):
                 stacklevel=2,
             )
         self.max_samples, self.examples, self.seed = max_samples, examples, seed
-        self._entry: dict[str, Any] = {}
         self._scores: dict[int, SampleScores] = {}
         self._pictures: list[tuple[Tensor, ...]] = []
         self._checked = False
-
-    def section(self) -> Mapping[str, Any]:
-        return {self.area: self._entry} if self._entry else {}
 
     def settings(self) -> Mapping[str, Any]:
         return {**self.attacks, "max_samples": self.max_samples, "stages": ", ".join(self.stages), "seed": self.seed}
@@ -189,11 +185,11 @@ class RobustAccuracy(Monitor):
                 # Equal on all processes already; sync_dist tells Lightning that this was thought of.
                 pl_module.log(key, share, sync_dist=True, prog_bar=metric == "accuracy", batch_size=scores.n)
             if loader == 0 and stage == "val":
-                self._entry = self._record(scores)
+                self.record(trainer, self._measured(scores))
         self._show_pictures(trainer, stage)
         self._scores, self._pictures = {}, []
 
-    def _record(self, scores: SampleScores) -> dict[str, Any]:
+    def _measured(self, scores: SampleScores) -> dict[str, Any]:
         accuracies = scores.accuracies()
         attacks = {
             name: {

@@ -216,13 +216,15 @@ def test_the_same_monitors_serve_other_modules_and_batches_in_turn() -> None:
         assert all(alone.callback_metrics[key] == together.callback_metrics[key] for key in keys)
 
 
-def test_a_batch_without_a_loss_is_left_out_with_one_warning() -> None:
+@pytest.mark.parametrize("factor", [1, 2])  # logits that are the network's output, and others: heard, and watched
+def test_a_batch_without_a_loss_is_left_out_with_one_warning(factor: int) -> None:
     class Sometimes(zoo.ListBatch):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             if batch_idx in (0, 3):
-                F.cross_entropy(2 * self(batch[0]), batch[1])
+                logits = self(batch[0])
+                F.cross_entropy(logits if factor == 1 else factor * logits, batch[1])
 
-    noting, trainer = Noting(), None
+    noting = Noting()
     trainer = zoo.trainer(callbacks=[noting])
     with pytest.warns(UserWarning, match="Sometimes: a batch called no loss, though the first one did") as caught:
         trainer.validate(zoo.built(Sometimes), data(64), verbose=False)
@@ -282,3 +284,15 @@ def test_a_network_swapped_between_runs_is_followed() -> None:
         with torch.no_grad():
             nll = F.cross_entropy(module.net.eval()(zoo.images(50)), zoo.labels(50))
         assert float(trainer.callback_metrics["calibration/val/nll"]) == pytest.approx(float(nll), rel=1e-5)
+
+
+def test_discovery_does_without_a_graph_where_memory_is_short() -> None:
+    class Short(zoo.ListBatch):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if torch.is_grad_enabled():
+                raise torch.cuda.OutOfMemoryError("the graph of a large evaluation batch")
+            F.cross_entropy(self(batch[0]), batch[1])
+
+    noting = Noting()
+    zoo.trainer(callbacks=[noting]).validate(zoo.built(Short), data(32), verbose=False)
+    assert [note for note in noting.notes if note.startswith("hear")] == ["hear 16", "hear 16"]

@@ -392,7 +392,8 @@ def test_the_diagram_arrives_in_tensorboard_and_the_bins_in_the_checkpoint(tmp_p
         assert section["bins"]["counts"] == counts.tolist()
         gaps = np.array(section["bins"]["confidence"]) - np.array(section["bins"]["accuracy"])
         assert section["ece"] == pytest.approx(float(np.abs(gaps) @ counts) / 101)
-        assert section["nll"] == pytest.approx(expected["nll"], rel=2e-5)
+        assert section["bins"]["nll"] == pytest.approx(expected["nll"], rel=2e-5)
+        assert section["measured_step"] == plain["global_step"]
         assert len(plain["calibration.coarse"]["bins"]["counts"]) == 4
 
 
@@ -420,3 +421,26 @@ def test_bad_settings_are_refused_at_once() -> None:
         zoo.trainer(callbacks=[CalibrationMonitor(), CalibrationMonitor(bins=3)]).validate(
             zoo.built(Classifier), data()
         )
+
+
+def test_a_fit_of_another_module_forgets_what_was_measured(tmp_path: Any) -> None:
+    monitor = CalibrationMonitor()
+    zoo.trainer(callbacks=[monitor]).fit(zoo.built(Classifier), data(), data())
+    assert "bins" in monitor.section()["calibration"]
+    trainer = zoo.trainer(callbacks=[monitor])
+    trainer.fit(zoo.built(Classifier, 1), data())
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    assert "calibration" not in read_entry(tmp_path / "other.ckpt")
+
+
+def test_a_resumed_run_keeps_what_was_measured_until_it_measures_again(tmp_path: Any) -> None:
+    first = zoo.trainer(callbacks=[CalibrationMonitor()])
+    first.fit(zoo.built(Classifier), data(), data())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    before = read_entry(tmp_path / "first.ckpt")["calibration"]
+    keep = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    again = zoo.trainer(callbacks=[CalibrationMonitor(), keep], max_epochs=2, enable_checkpointing=True)
+    again.fit(zoo.built(Classifier, 1), data(), data(), ckpt_path=tmp_path / "first.ckpt")
+    early = read_entry(tmp_path / "step=8.ckpt")
+    assert early["calibration"] == before
+    assert early["calibration"]["measured_step"] == 7 < early["global_step"]
