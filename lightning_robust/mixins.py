@@ -51,18 +51,24 @@ class RobustTrainingMixin(_Module):
     """
 
     by_hand: bool = False
+    _defences: _Built | None = None
 
     def configure_robustness(self) -> Sequence[Any]:
         """The defences: callbacks, attacks or threat models (trained against), penalties (added); for the user.
 
         A bare attack or threat model stands for ``AdversarialTraining(it)``, a bare penalty for
-        ``SaliencyRegularization(it)``.
+        ``SaliencyRegularization(it)``. It is asked once for each module: ``Trainer.test`` finds what ``fit`` left in
+        the callbacks (a temperature).
         """
         return []
 
     def configure_callbacks(self) -> list[Any]:
         """Lightning's hook: the defences, behind the callbacks of other bases."""
-        defences = [_callback(defence) for defence in self.configure_robustness()]
+        if self._defences is None:
+            self._defences = _Built()
+        if self._defences.callbacks is None:
+            self._defences.callbacks = [_callback(defence) for defence in self.configure_robustness()]
+        defences = self._defences.callbacks
         for defence in defences:
             if isinstance(defence, (AdversarialTraining, SaliencyRegularization)):
                 defence.by_hand = self.by_hand
@@ -85,6 +91,15 @@ class RobustTrainingMixin(_Module):
         return robust_loss(self, loss)
 
 
+class _Built:
+    """The callbacks of one module, built once: Lightning asks for them in each run. A copy of it builds its own."""
+
+    callbacks: list[Any] | None = None
+
+    def __reduce__(self) -> tuple[type[_Built], tuple[()]]:  # what deep copies and pickles are made from
+        return _Built, ()
+
+
 def _callback(defence: Any) -> Any:
     if isinstance(defence, (PGD, NFGSM, ThreatModel)):
         return AdversarialTraining(defence, "n-fgsm" if isinstance(defence, NFGSM) else "madry")
@@ -103,6 +118,7 @@ class CalibratedMixin(_Module):
 
     Attributes:
         temperature: What was loaded; None if there was none, or if the module was trained on since.
+        temperature_name: ``name`` of the TemperatureScaling callback whose temperature is loaded, if it has one.
 
     Example:
         >>> import pytorch_lightning as pl
@@ -112,6 +128,7 @@ class CalibratedMixin(_Module):
     """
 
     temperature: float | None = None
+    temperature_name: str | None = None
     _unscale: Callable[[], None] | None = None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -120,7 +137,7 @@ class CalibratedMixin(_Module):
         self._forget_temperature()
         try:
             entry = read_entry(checkpoint)
-            temperature = stored_temperature(entry)
+            temperature = stored_temperature(entry, name=self.temperature_name)
         except KeyError:
             return
         route = route_of(entry)

@@ -45,12 +45,12 @@ def cells(metrics: Mapping[str, float]) -> dict[str, str]:
 
 
 def _accuracy(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    robust = list(_of_area("robust", metrics))
+    robust = [row for row in _of_area("robust", metrics) if "/" not in row[2]]  # loaders after the first
     if "test/accuracy" in metrics and not any(metric == "clean_accuracy" for _, _, metric, _ in robust):
         yield "accuracy", _percent(metrics["test/accuracy"])
     for area, suffix, metric, value in robust:
         if metric == "accuracy":
-            attacks = [key for key in metrics if key.startswith(f"{area}/test/accuracy_")]
+            attacks = [1 for of, _, other, _ in robust if of == area and other.startswith("accuracy_")]
             if len(attacks) > 1:
                 yield f"accuracy, worst of {len(attacks)} attacks{suffix}", _percent(value)
         elif metric.startswith("accuracy_"):
@@ -89,14 +89,16 @@ def _separation(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
 
 def _saliency(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     for key, value in metrics.items():
-        match = re.fullmatch(r"saliency(?:\.([^/]+))?/val_([^/]+)/iou10_to_anchor", key)
+        match = re.fullmatch(r"(saliency(?:\.([^/]+))?/val_([^/]+))/iou10_to_anchor", key)
         if match:
-            suffix = f" ({match[1]})" if match[1] else ""
-            yield f"{match[2].replace('_', ' ')} map, overlap of first and last epoch{suffix}", f"{value:.2f}"
+            suffix = f" ({match[2]})" if match[2] else ""
+            cosine = metrics.get(f"{match[1]}/cosine_to_anchor", float("nan"))
+            label = f"{match[3].replace('_', ' ')} maps of first and last epoch: overlap, cosine{suffix}"
+            yield label, f"{value:.2f}, {cosine:.2f}"
 
 
 def _of_area(wanted: str, metrics: Mapping[str, float]) -> Iterator[tuple[str, str, str, float]]:
-    """Area, suffix that tells several callbacks apart, metric and value of what was logged on the first test loader."""
+    """Area, suffix that tells several callbacks apart, metric and value of what was logged on test data."""
     for key, value in metrics.items():
         area, _, metric = key.partition("/test/")
         kind, _, name = area.partition(".")

@@ -6,7 +6,8 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ def _calibrate(trainer: Any, module: Any, data: Any, recipe: Recipe, folder: Pat
             f"this recipe trains nothing (trainer.max_epochs=0), it measures a checkpoint: vars.checkpoint=best.ckpt, "
             f"and model.class_path= and data.class_path= of what it belongs to; got vars.checkpoint={path!r}."
         )
-    trainer.validate(module, datamodule=data, ckpt_path=str(path), verbose=False)
+    with _without_its_callbacks():
+        trainer.validate(module, datamodule=data, ckpt_path=str(path), verbose=False)
     measured = sections(trainer)
     step = int(torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("global_step", 0))
     for name in [name for name in measured if name.split(".")[0] == "calibration"]:
@@ -146,10 +148,7 @@ def evaluate(run: str | Path, overrides: Sequence[str] = (), *, checkpoint: str 
         checkpoint = (known and known.checkpoint) or str(_last_checkpoint(folder))
     drift = {key: value for key, value in (known.metrics if known else {}).items() if _area(key) == "saliency"}
     trainer, module, data = instantiate(recipe, folder, log=False)  # the curves of the run stay as they are
-    with warnings.catch_warnings():
-        # Of ModelCheckpoint, if the run was moved: nothing is saved here, so it does not matter.
-        warnings.filterwarnings("ignore", message="The dirpath has changed")
-        return _report(trainer, module, data, recipe, folder.parent.name, folder, checkpoint, start, drift, write=False)
+    return _report(trainer, module, data, recipe, folder.parent.name, folder, checkpoint, start, drift, write=False)
 
 
 def _report(
@@ -168,7 +167,8 @@ def _report(
         part is not None and defines(part, "test_dataloader") for part in (data, module)
     ):
         return None
-    trainer.test(module, datamodule=data, ckpt_path=checkpoint, verbose=False)
+    with _without_its_callbacks():
+        trainer.test(module, datamodule=data, ckpt_path=checkpoint, verbose=False)
     tested = {key: float(value) for key, value in trainer.callback_metrics.items() if "test" in key.split("/")[:2]}
     seed = recipe.resolved.get("seed", 0)
     tested |= drift or {}
@@ -205,6 +205,15 @@ def tensorboard_command(output: str | Path) -> str:
     except ValueError:
         program = "tensorboard"
     return f"{program} --logdir {output}"
+
+
+@contextmanager
+def _without_its_callbacks() -> Iterator[None]:
+    """Lightning asks for the callbacks of the run that saved a checkpoint, and for its folder; who measures has others."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The dirpath has changed")
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+        yield
 
 
 def _area(key: str) -> str:

@@ -275,6 +275,49 @@ def test_a_step_by_hand_that_fails_leaves_nothing_behind() -> None:
     )
 
 
+class Monitored(RobustTrainingMixin, zoo.ListBatch):
+    def configure_robustness(self) -> Any:
+        return [TemperatureScaling()]
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
+@pytest.mark.parametrize("another_trainer", [False, True])
+def test_a_monitor_keeps_what_it_found_from_fit_to_test(another_trainer: bool) -> None:
+    module = zoo.built(Monitored)
+    trainer = zoo.trainer(max_epochs=3)
+    trainer.fit(module, learnable(160, 2), learnable(96, 1))
+    fitted_temperature = float(trainer.callback_metrics["calibration/val/temperature"])
+    trainer = zoo.trainer() if another_trainer else trainer
+    trainer.test(module, learnable(96, 3), verbose=False)
+    assert float(trainer.callback_metrics["calibration/test/temperature"]) == fitted_temperature
+
+
+def test_callbacks_are_built_once_for_a_module_and_anew_for_its_copies() -> None:
+    module = zoo.built(Monitored)
+    (first,) = module.configure_callbacks()
+    assert module.configure_callbacks() == [first]
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), Monitored()):
+        (other,) = twin.configure_callbacks()
+        assert isinstance(other, TemperatureScaling)
+        assert other is not first
+        assert twin.configure_callbacks() == [other]
+    assert module.configure_callbacks() == [first]
+    assert set(module.state_dict()) == set(zoo.ListBatch().state_dict())
+
+
+def test_a_module_that_is_trained_twice_trains_the_same_weights_as_with_callbacks() -> None:
+    weights = []
+    for mixed in (False, True):
+        module = zoo.built(defended(zoo.ListBatch, DEFENCES["madry and penalty"]) if mixed else zoo.ListBatch)
+        callbacks = [] if mixed else DEFENCES["madry and penalty"]()
+        for _ in range(2):
+            zoo.trainer(max_epochs=1, callbacks=callbacks).fit(module, data())
+        weights.append(flat(module))
+    assert torch.equal(*weights)
+
+
 # -- CalibratedMixin -------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +371,19 @@ def test_a_module_loads_with_its_temperature_exactly_as_calibrated_does(checkpoi
         assert torch.equal(mixed(x), reference(x))
         assert torch.equal(mixed(x), raw(checkpoint, x) / load_temperature(checkpoint))
     assert mixed.temperature == load_temperature(checkpoint)
+
+
+def test_the_temperature_of_a_named_callback_is_loaded_by_its_name(tmp_path: Path) -> None:
+    class Named(CalibratedMixin, Plain):
+        temperature_name = "few"
+
+    callbacks = [TemperatureScaling(), TemperatureScaling(name="few", max_samples=60)]
+    trainer = zoo.trainer(max_epochs=20, callbacks=callbacks)
+    trainer.fit(zoo.built(Plain), learnable(160, 2), learnable(96, 1))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    of_few = load_temperature(tmp_path / "x.ckpt", name="few")
+    assert Named.load_from_checkpoint(tmp_path / "x.ckpt").temperature == of_few
+    assert Calibrated.load_from_checkpoint(tmp_path / "x.ckpt").temperature != of_few
 
 
 def test_in_train_mode_logits_are_those_that_are_trained(checkpoint: Path) -> None:

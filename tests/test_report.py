@@ -41,7 +41,7 @@ def test_every_capability_has_its_rows_in_a_fixed_order() -> None:
         "temperature (fitted on validation data)": "1.487",
         "AUROC, letters against test data (energy)": "0.858",
         "AUROC, synthetic noise against test data (energy)": "0.999",
-        "integrated gradients map, overlap of first and last epoch": "0.54",
+        "integrated gradients maps of first and last epoch: overlap, cosine": "0.54, 0.90",
     }
     assert list(cells(METRICS).items()) == list(expected.items())
     backwards = dict(reversed(METRICS.items()))
@@ -62,6 +62,12 @@ def test_named_callbacks_are_told_apart() -> None:
         "ood.b/test/x/msp_auroc": 1.0,
     }
     assert list(cells(named)) == ["clean accuracy (strong)", "NLL (second)", "AUROC, x against test data (msp) (b)"]
+
+
+def test_loaders_after_the_first_are_left_out_of_rows_and_counts() -> None:
+    first = {"robust/test/clean_accuracy": 0.9, "robust/test/accuracy": 0.5, "robust/test/accuracy_pgd": 0.5}
+    second = {f"{key}/1": 0.1 for key in first} | {"calibration/test/nll": 1.0, "calibration/test/nll/far": 9.0}
+    assert cells({**second, **first}) == {"clean accuracy": "90.0 %", "accuracy under pgd": "50.0 %", "NLL": "1.000"}
 
 
 def test_a_column_without_a_measurement_has_a_dash() -> None:

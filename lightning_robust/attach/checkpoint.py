@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def read_entry(source: str | Path | Mapping[str, Any], *, weights_only: bool = T
     """
     loaded: Any = source
     if isinstance(source, (str, Path)):
-        loaded = torch.load(source, map_location="cpu", weights_only=weights_only, mmap=True)
+        mmap = zipfile.is_zipfile(source)  # not so in files of old versions of torch, which have to be read whole
+        loaded = torch.load(source, map_location="cpu", weights_only=weights_only, mmap=mmap)
     if KEY not in loaded:
         raise KeyError(f"no {KEY!r} entry in this checkpoint; it was saved by a run without callbacks of this package.")
     entry: dict[str, Any] = loaded[KEY]

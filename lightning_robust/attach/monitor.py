@@ -165,7 +165,7 @@ class Monitor(RobustCallback):
             return None
         try:
             return self.listener.readable(stage).with_batch(rebuilt(batch, {}, copied))  # steps may write into theirs
-        except ProbeError as error:
+        except (ProbeError, torch.cuda.OutOfMemoryError) as error:  # of gradients, in a batch sized for none
             self._unreadable = True
             warnings.warn(f"{self.label} measures nothing: {error}", stacklevel=2)
             return None

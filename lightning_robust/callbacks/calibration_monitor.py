@@ -91,7 +91,8 @@ class CalibrationMonitor(Monitor):
             measures = sums.measures()
             self.log_values(pl_module, {self.key(stage, k) + suffix: v for k, v in measures.items()}, sums.n)
             if self.diagram and trainer.is_global_zero:
-                title = f"{stage}{suffix}, epoch {trainer.current_epoch + 1}"
+                when = f", epoch {trainer.current_epoch + 1}" if trainer.state.fn == "fit" else ""
+                title = f"{stage}{suffix}{when}"
                 show_image(trainer, self.key(stage, "reliability") + suffix, reliability_diagram(sums, title))
             if loader == 0 and stage == "val":
                 # `nll` beside the temperature is about the predictions that it was fitted on.

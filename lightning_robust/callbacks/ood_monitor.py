@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from lightning_robust.attach.batches import Path, described, get, leaves
+from lightning_robust.attach.batches import Path, described, get, leaves, rebuilt, resized
 from lightning_robust.attach.listener import Heard
-from lightning_robust.attach.loaders import own_batches, size_of, transferred
+from lightning_robust.attach.loaders import own_batches, size_of, transferred, true_length
 from lightning_robust.attach.monitor import Monitor
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.step import Step
+from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.losses import LossCall
 from lightning_robust.metrics import ScoreTable
 from lightning_robust.ood import SYNTHETIC, scores_named, separation
@@ -44,8 +46,9 @@ class OODMonitor(Monitor):
     Args:
         sets: Names and data sets or loaders, of inputs as the evaluation data have them (labels are ignored). Batches
             made like those of the evaluation loader pass the same transfer hooks; others hold inputs as the model sees
-            them. By default three synthetic sets made of the evaluation pictures themselves: noise, shuffled pixels
-            and mosaics of patches. They are easier to tell than most real foreign data.
+            them. Token ids travel with the masks of their batch. By default three synthetic sets made of the evaluation
+            pictures themselves: noise, shuffled pixels and mosaics of patches. They are easier to tell than most real
+            foreign data.
         scores: ``"energy"``, ``"max_logit"``, ``"msp"`` (in log space), ``"entropy"``.
         max_samples: Of each set: a seeded random choice of a data set, the first ones of a loader.
         stages: Where to measure: ``"val"`` (every validation, in ``fit`` too), ``"test"``, or both.
@@ -58,7 +61,9 @@ class OODMonitor(Monitor):
         name: Tells two callbacks of this class apart: keys start with ``ood.{name}``.
 
     Raises:
-        ValueError: If there is no set, one that can be iterated only once, an unknown score, or max_samples is below 1.
+        TypeError: If sets are given without names.
+        ValueError: If there is no set, one that can be iterated only once, no or an unknown score, or max_samples is
+            below 1.
 
     Example:
         >>> OODMonitor(scores=["energy", "msp"]).sets.keys()
@@ -85,6 +90,10 @@ class OODMonitor(Monitor):
         name: str | None = None,
     ) -> None:
         super().__init__("ood", name, Probe(input_key, target_key, logits_fn, loss_index), stages)
+        if sets is not None and not isinstance(sets, Mapping):
+            raise TypeError(
+                f"sets= takes names and data sets, OODMonitor({{'other': loader}}); got a {type(sets).__name__}."
+            )
         if sets is not None and not sets:
             raise ValueError("OODMonitor needs at least one set, or sets=None for synthetic ones.")
         for key, source in (sets or {}).items():
@@ -93,6 +102,8 @@ class OODMonitor(Monitor):
                     f"OOD set {key!r} is an iterator, which can be iterated once only; give a data set, a list or a "
                     "DataLoader, which every evaluation can go through."
                 )
+        if isinstance(scores, str) or not scores:
+            raise ValueError(f"scores= takes a list of scores, e.g. ['energy', 'msp'], got {scores!r}.")
         if max_samples < 1:
             raise ValueError(f"max_samples= must be at least 1, got {max_samples}.")
         self.sets: Mapping[str, Any] = SYNTHETIC if sets is None else sets
@@ -101,12 +112,8 @@ class OODMonitor(Monitor):
         self.max_samples, self.pixels, self.seed = max_samples, pixels or PixelSpace(), seed
         self._tables: dict[str, ScoreTable] = {}
         self._own = ScoreTable(list(self.scores), 1)
-        self._entry: dict[str, Any] = {}
         self._log_probabilities = False  # whether the loss gets these
         self._unserved: set[str] = set()  # what cannot be measured here, said once
-
-    def section(self) -> Mapping[str, Any]:
-        return {self.area: self._entry} if self._entry else {}
 
     def settings(self) -> Mapping[str, Any]:
         sets = ", ".join(self.sets)
@@ -120,15 +127,21 @@ class OODMonitor(Monitor):
         self._tables = {name: ScoreTable(list(self.scores), self.max_samples) for name in self.sets}
 
     def before(self, trainer: Any, step: Step, batch_idx: int, loader: int, stage: str) -> None:
-        if loader or not (self.synthetic or batch_idx == 0):
+        if loader or self._unreadable or not (self.synthetic or batch_idx == 0):
             return
         precision = trainer.precision_plugin
         context = precision.test_step_context() if stage == "test" else precision.val_step_context()
-        with context:
-            if self.synthetic:
-                self._score_synthetic(self.listener.readable(stage))
-            else:
-                self._score_sets(trainer, self.listener.readable(stage))
+        try:
+            with context, torch.no_grad():
+                self._find_input(step)
+                if self.synthetic:
+                    self._score_synthetic(step)
+                else:
+                    self._score_sets(trainer, step)
+        except ProbeError as error:
+            self._unreadable = True
+            self.begin(trainer, step.module, stage)  # a part of a set is no set
+            self._warn_once(f"foreign inputs cannot be read, nothing is measured: {error}")
 
     def hear(self, trainer: Any, pl_module: Any, heard: Heard, loader: int, stage: str) -> None:
         if loader == 0:
@@ -147,7 +160,7 @@ class OODMonitor(Monitor):
                     self._log(pl_module, stage, name, score, found, len(outside))
                     entry.setdefault(name, {})[score] = {**found, **_histograms(inside, outside)}
         if stage == "val":
-            self._entry = entry
+            self.record(trainer, entry)
         self._tables = {}
         self._own = ScoreTable(list(self.scores), 1)
 
@@ -157,25 +170,48 @@ class OODMonitor(Monitor):
         index, keep = self.listener.index, self.listener.counts & (self.listener.index < self.max_samples)
         if not bool(keep.any()):
             return
-        with self.probe.reading(step) as reading, torch.no_grad():
-            if reading.x.ndim != 4 or min(reading.x.shape[2:]) < GRID:
+        with self.probe.reading(step, listening=True) as reading:
+            x = reading.x
+            if x.ndim != 4 or min(x.shape[2:]) < GRID or not x.is_floating_point():
                 self._warn_once(
                     f"synthetic sets are made of pictures (N, C, H, W) with sides of at least {GRID}, the input is "
-                    f"{tuple(reading.x.shape)}: name data sets or loaders of foreign inputs, "
-                    "OODMonitor({'other': loader})."
+                    f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}: name data sets or loaders of foreign "
+                    "inputs, OODMonitor({'other': loader})."
                 )
                 return
             for number, (name, make) in enumerate(self.sets.items()):
-                foreign = make(reading.x, [seeded(self.seed, number, int(i)) for i in index], self.pixels)
+                foreign = make(x, [seeded(self.seed, number, int(i)) for i in index], self.pixels)
                 self._add(self._tables[name], reading.read(foreign), index, keep)
 
     def _score_sets(self, trainer: Any, step: Step) -> None:
-        with self.probe.reading(step) as reading, torch.no_grad():
-            for name, source in self.sets.items():
-                for batch, index in own_batches(trainer, self._loader(source, len(reading.x)), self.max_samples):
-                    foreign = self._input(trainer, step, batch, reading.x, name)
-                    call = reading.read(foreign)
-                    self._add(self._tables[name], call, index, torch.ones(len(index), dtype=torch.bool))
+        route = self.probe.route(step, listening=True)
+        like = get(step.batch, route.input)
+        for name, source in self.sets.items():
+            loader = self._loader(source, len(like))
+            length = true_length(loader, trainer.world_size)
+            for batch, index in own_batches(trainer, loader, self.max_samples):
+                moved = self._through_hooks(trainer, step, batch, like)
+                if moved is not None and not like.is_floating_point():
+                    # Texts are no texts without their own masks; only what they are labelled with is not asked for.
+                    targets = _targets(step, route.target, len(like), len(index))
+                    with self.probe.reading(step.with_batch(rebuilt(moved, targets)), listening=True) as reading:
+                        call = reading.read(reading.x)
+                else:
+                    foreign = self._input(batch, None if moved is None else get(moved, route.input), like, name)
+                    with self.probe.reading(step, listening=True) as reading:
+                        call = reading.read(foreign)
+                self._add(self._tables[name], call, index, index < length)
+
+    def _find_input(self, step: Step) -> None:
+        """Where no gradient tells, the input is the largest of what has a row for every sample and is no target."""
+        route = self.probe.route(step, listening=True)
+        if route.differentiable:
+            return
+        n = len(get(step.batch, route.input))
+        rows = [(path, x) for path, x in leaves(step.batch) if isinstance(x, Tensor) and x.ndim and len(x) == n]
+        fits = [(path, x) for path, x in rows if path != route.target]
+        largest = max(fits, key=lambda row: row[1].ndim, default=(route.input, None))[0]  # of several, the first
+        self.probe.routes[step.name] = replace(route, input=self.probe.input_path or largest)
 
     def _loader(self, source: Any, batch_size: int) -> Iterable[Any]:
         if isinstance(source, IterableDataset):
@@ -186,13 +222,14 @@ class OODMonitor(Monitor):
         order = torch.randperm(length, generator=seeded(self.seed)).tolist()  # data sets are often sorted by class
         return DataLoader(Subset(source, sorted(order[: self.max_samples])), batch_size)
 
-    def _input(self, trainer: Any, step: Step, batch: Any, like: Tensor, name: str) -> Tensor:
-        found = self._through_hooks(trainer, step, batch, like)
+    def _input(self, batch: Any, found: Any, like: Tensor, name: str) -> Tensor:
         if found is None:
             fits = [
                 leaf
                 for _, leaf in leaves(batch)
-                if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape[1:] == like.shape[1:]
+                if isinstance(leaf, Tensor)
+                and leaf.is_floating_point() == like.is_floating_point()
+                and leaf.shape[1:] == like.shape[1:]
             ]
             found = fits[0] if len(fits) == 1 else None
         if not isinstance(found, Tensor) or found.shape[1:] != like.shape[1:]:
@@ -203,7 +240,7 @@ class OODMonitor(Monitor):
         return found.to(like.device, like.dtype)
 
     def _through_hooks(self, trainer: Any, step: Step, batch: Any, like: Tensor) -> Any:
-        """The input of a batch made as the evaluation loader makes them; None if it is of another make."""
+        """A batch made as the evaluation loader makes them, as the step gets it; None if it is of another make."""
         # Hooks may turn what a loader makes into something else: either side of them tells.
         alike = _make(batch) == _make(step.batch)
         try:
@@ -214,8 +251,8 @@ class OODMonitor(Monitor):
             return None
         if _make(moved) != _make(step.batch):
             return None
-        found = get(moved, self.probe.route(step).input)
-        return found if alike or (len(found) == size_of(batch) and found.shape[1:] == like.shape[1:]) else None
+        found = get(moved, self.probe.route(step, listening=True).input)
+        return moved if alike or (len(found) == size_of(batch) and found.shape[1:] == like.shape[1:]) else None
 
     def _add(self, table: ScoreTable, call: LossCall, index: Tensor, keep: Tensor) -> None:
         logits = call.class_logits()
@@ -255,6 +292,11 @@ class OODMonitor(Monitor):
             self.key(stage, f"{name}/{score}_{shown.get(metric, metric)}"): value for metric, value in found.items()
         }
         self.log_values(pl_module, values, n)
+
+
+def _targets(step: Step, path: Path | None, n: int, wanted: int) -> Mapping[Path, Any]:
+    """The targets of the step's own batch, for another number of samples."""
+    return {} if path is None else {path: get(resized(step.batch, n, wanted), path)}
 
 
 def _make(batch: Any) -> set[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from lightning_robust.penalties.preflight import preflight
 from lightning_robust.randomness import RandomState
 
 __all__ = ["SaliencyRegularization"]
+
+OFFERED = ("call", "logits", "reuse", "mask")  # to a penalty, by keyword
 
 
 class SaliencyRegularization(RobustCallback):
@@ -36,7 +39,8 @@ class SaliencyRegularization(RobustCallback):
     derivatives fails at once, with the remedy. BatchNorm's running statistics see nothing of it.
 
     Args:
-        penalty: A penalty of :mod:`lightning_robust.penalties`, or any callable with the same signature.
+        penalty: A penalty of :mod:`lightning_robust.penalties`, or a function ``(logits_fn, x, y) -> scalar``; it is
+            given ``call``, ``logits``, ``reuse`` and ``mask`` too, as far as it takes such keywords.
         weight: What it is multiplied by. It does not depend on the batch size.
         at: ``"fed"``: at the batch that the step gets. ``"clean"``: at the batch as it was (one more forward where an
             attack feeds the step).
@@ -91,7 +95,9 @@ class SaliencyRegularization(RobustCallback):
         if at not in ("fed", "clean"):
             raise ValueError(f"at= must be 'fed' or 'clean', got {at!r}.")
         self.penalty, self.weight, self.at, self.warmup_epochs = penalty, float(weight), at, warmup_epochs
-        self.penalty_name = str(getattr(penalty, "name", None) or getattr(penalty, "__name__", type(penalty).__name__))
+        named = getattr(penalty, "name", None) or getattr(penalty, "__name__", type(penalty).__name__)
+        self.penalty_name = str(named).strip("<>")  # of a lambda
+        self._takes = _keywords(penalty)
         key = getattr(penalty, "mask_key", None)
         self._mask_path: Path | None = None if key is None else as_path(key)
         self._trainer: Any = None
@@ -168,15 +174,14 @@ class SaliencyRegularization(RobustCallback):
                     raise RuntimeError(f"{self}: the penalty asked for the loss before it computed any logits.")
                 return seen.again(logits)
 
-            masked = {} if self._mask_path is None else {"mask": get(step.batch, self._mask_path)}
+            offered: dict[str, Any] = {"call": loss_of, "logits": own and own.logits, "reuse": self._reuse}
+            if self._mask_path is not None:
+                offered["mask"] = get(step.batch, self._mask_path)
             value: Tensor = self.penalty(
                 reading.logits,
                 reading.x if own is None or leaf is None else leaf,
                 reading.y if own is None else own.target,
-                call=loss_of,
-                logits=None if own is None else own.logits,
-                reuse=self._reuse,
-                **masked,
+                **{keyword: value for keyword, value in offered.items() if keyword in self._takes},
             )
         return value
 
@@ -200,6 +205,19 @@ class SaliencyRegularization(RobustCallback):
         with self.probe.reading(step) as reading:
             found = reading.found
         self.say(self._trainer, f"{self}: {self.penalty}, weight {self.weight:g} at the {self.at} batch; {found}.")
+
+
+def _keywords(penalty: Callable[..., Any]) -> frozenset[str]:
+    """Which of what is offered a penalty takes; a plain function of ``(logits_fn, x, y)`` takes nothing more."""
+    try:
+        parameters = list(inspect.signature(penalty).parameters.values())
+    except (TypeError, ValueError):  # written in C
+        return frozenset()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return frozenset(OFFERED)
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    taken = positional[:3]  # by logits_fn, x and y, whatever they are called there
+    return frozenset(OFFERED) & {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY} - set(taken)
 
 
 def _is_compiled(module: nn.Module) -> bool:

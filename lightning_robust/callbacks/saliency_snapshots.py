@@ -34,11 +34,13 @@ class SaliencySnapshots(Monitor):
     more), ``cosine_to_anchor`` and ``cosine_to_previous`` (centred), and ``saliency/val/flips`` (share of probes
     predicted otherwise than at the anchor). TensorBoard's image
     ``saliency/val_{method}/filmstrip`` shows inputs, the maps from first to now, and what changed. Maps (8 bits) and
-    drift are kept in every checkpoint; a resumed run goes on with the same anchor.
+    drift are kept in every checkpoint; a resumed run goes on with the same anchor. Every run chooses its probe set
+    anew; if that is another one (other data), there is a new anchor and a warning.
 
     Args:
         methods: ``"gradient"``, ``"integrated_gradients"``, ``"gradcam"``.
-        every_n_epochs: A snapshot in the first validation, then in each epoch that this divides, and in the last one.
+        every_n_epochs: A snapshot in the first validation, then in each epoch that this divides, and in the last one as
+            far as the Trainer knows it by then (``EarlyStopping`` decides later). Outside of ``fit`` always.
         samples: Size of the probe set.
         pixels: The pixel space of the inputs: for pictures, and black as the baseline of integrated gradients.
         layer: Name of the submodule whose output Grad-CAM weighs; by default the last feature map of a convolution.
@@ -96,10 +98,12 @@ class SaliencySnapshots(Monitor):
         self._films: dict[str, dict[str, Film]] = {}
         self._first_seen: dict[str, Tensor] = {}  # predictions at the anchor
         self._history: dict[str, list[dict[str, Any]]] = {}
-        self._known: dict[str, str] = {}  # hashes of probe sets whose films a checkpoint brought back
+        # Entries of checkpoints and of earlier runs, until this run has chosen its probe set.
+        self._known: dict[str, dict[str, Any]] = {}
         self._candidates: Candidates | None = None
         self._values: dict[str, float] = {}
         self._found_layer: str | None = None
+        self._loaded_step = 0  # of the checkpoint; outside of fit the Trainer does not take it over
         self._shape = torch.Size()
         self._unserved: set[str] = set()
 
@@ -108,7 +112,7 @@ class SaliencySnapshots(Monitor):
         return {"methods": methods, "samples": self.samples, "every_n_epochs": self.every_n_epochs, "seed": self.seed}
 
     def section(self) -> Mapping[str, Any]:
-        entry = {
+        chosen = {
             stage: {
                 "hash": probes.hash,
                 "indices": probes.index.tolist(),
@@ -120,11 +124,12 @@ class SaliencySnapshots(Monitor):
             for stage, probes in self._probes.items()
             if stage in self._first_seen
         }
+        entry = {**self._known, **chosen}
         return {self.area: entry} if entry else {}
 
     def restore(self, entry: Mapping[str, Any]) -> None:
         for stage, stored in entry.get(self.area, {}).items():
-            self._known[stage] = stored["hash"]
+            self._known[stage] = stored
             self._first_seen[stage] = torch.tensor(stored["predictions"])
             self._films[stage] = {method: Film.from_dict(film) for method, film in stored["films"].items()}
             self._history[stage] = list(stored["drift"])
@@ -136,6 +141,13 @@ class SaliencySnapshots(Monitor):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._forget()  # of another run; a resumed one reads its films from the checkpoint
+        else:  # perhaps of another module, on other data: what was chosen is chosen again, and compared
+            self._known.update(self.section().get(self.area, {}))
+            self._probes, self._found_layer, self._loaded_step = {}, None, 0
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        self._loaded_step = int(checkpoint.get("global_step", 0))
 
     def attach(self, trainer: Any, pl_module: Any) -> None:
         if self.layer is not None:
@@ -177,7 +189,8 @@ class SaliencySnapshots(Monitor):
     def _due(self, trainer: Any, stage: str) -> bool:
         epoch = trainer.current_epoch + 1
         first = not any(map(len, self._films.get(stage, {}).values()))
-        return first or trainer.state.fn != "fit" or epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
+        last = epoch == trainer.max_epochs or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        return first or last or trainer.state.fn != "fit" or epoch % self.every_n_epochs == 0
 
     # -- what ----------------------------------------------------------------------------------------------------
 
@@ -188,9 +201,9 @@ class SaliencySnapshots(Monitor):
         if not len(probes):
             return
         known = self._known.pop(stage, None)
-        if known is not None and known != probes.hash:
+        if known is not None and known["hash"] != probes.hash:
             warnings.warn(
-                f"the checkpoint's snapshots explain other samples than this run's {stage} data (hash {known}, now "
+                f"earlier snapshots explain other samples than this run's {stage} data (hash {known['hash']}, now "
                 f"{probes.hash}); a new anchor is set. Is the loader shuffled, augmented, or of other data?",
                 stacklevel=2,
             )
@@ -222,8 +235,7 @@ class SaliencySnapshots(Monitor):
         confidences = call.log_probabilities().flatten(1).amax(1).exp().cpu()
         anchor = self._first_seen.setdefault(stage, predictions)
         self._values[self.key(stage, "flips")] = float((predictions != anchor).float().mean())
-        caption = f"epoch {trainer.current_epoch + 1}"
-        moved: dict[str, Any] = {"epoch": trainer.current_epoch + 1, "step": int(trainer.global_step)}
+        caption, moved = self._moment(trainer)
         for method in self.methods:
             maps = self._maps(method, reading, x, target)
             if maps is None:
@@ -236,6 +248,14 @@ class SaliencySnapshots(Monitor):
                 picture = self._filmstrip(probes, predictions, confidences, film)
                 show_image(trainer, self.key(f"{stage}_{method}", "filmstrip"), picture)
         self._history[stage].append(moved)
+
+    def _moment(self, trainer: Any) -> tuple[str, dict[str, Any]]:
+        """When it is, for a person and for the checkpoint."""
+        step = int(trainer.global_step)
+        if trainer.state.fn == "fit":
+            return f"epoch {trainer.current_epoch + 1}", {"epoch": trainer.current_epoch + 1, "step": step}
+        step = step or self._loaded_step
+        return f"step {step}" if step else trainer.state.fn.value, {"step": step}
 
     def _maps(self, method: str, reading: Reading, x: Tensor, target: Tensor) -> Tensor | None:
         function = self.methods[method]

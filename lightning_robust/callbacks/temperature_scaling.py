@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +15,13 @@ from torch.utils.data import Dataset
 from lightning_robust._version import __version__
 from lightning_robust.attach.checkpoint import rewrite
 from lightning_robust.attach.listener import Heard
-from lightning_robust.attach.loaders import evaluation_loaders, own_batches, transferred, true_length
 from lightning_robust.attach.monitor import Monitor, suffixes
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.route import Route
 from lightning_robust.attach.scaling import preferred, routes_in, scale_output, stored_temperature
 from lightning_robust.attach.watcher import ProbeError
-from lightning_robust.calibration import Reliability, TemperatureFit, fit_temperature
+from lightning_robust.calibration import Reliability, fit_temperature
+from lightning_robust.callbacks.after_fit import kept_files, read_loader, validation_loader, weights_of
 from lightning_robust.metrics import Reservoir
 from lightning_robust.randomness import priorities
 
@@ -51,7 +50,8 @@ class TemperatureScaling(Monitor):
         checkpoints: Which files ``"after_fit"`` rewrites; by default all that the Trainer's checkpoint callbacks keep.
         apply: Divide the module's logits in ``Trainer.test`` and ``predict``. Other callbacks of this package still see
             the logits as they are.
-        max_samples: Predictions kept for the fit, a seeded random sample of all.
+        max_samples: Predictions kept for the fit, a seeded random sample of all; with more than 50 million /
+            ``max_samples`` classes fewer of them (50 million / classes), so that 200 MB are enough.
         bins: Of the ECE.
         seed: Of that sample and of the halves.
         target_key: Where the target is, if no loss tells.
@@ -96,7 +96,8 @@ class TemperatureScaling(Monitor):
             raise ValueError(f"max_samples= must be at least 2 and bins= at least 1, got {max_samples} and {bins}.")
         self.when, self.dataloader, self.checkpoints, self.apply = when, dataloader, checkpoints, apply
         self.max_samples, self.bins, self.seed = max_samples, bins, seed
-        self._entry: dict[str, Any] = {}
+        self._weights_step: int | None = None  # that the weights in memory are from, as far as we have seen
+        self._bound_said = False
         self._routes: list[Route] = []  # to the logits that the temperature is about
         self._saved: dict[str, None] = {}  # files that checkpoint callbacks wrote in this fit, in order
         self._reservoir = Reservoir(max_samples, seed)
@@ -107,19 +108,16 @@ class TemperatureScaling(Monitor):
         """The present temperature; None before the first fit."""
         return self._entry.get("temperature")
 
-    def section(self) -> Mapping[str, Any]:
-        return {self.area: self._entry} if self._entry else {}
-
     def settings(self) -> Mapping[str, Any]:
         return {"when": self.when, "apply": self.apply, "max_samples": self.max_samples, "seed": self.seed}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._entry = {}  # other weights come
+        self._entry, self._weights_step = {}, None  # other weights come
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def recall(self, trainer: Any) -> None:
         if trainer.ckpt_path and not self._recalled:
-            self._entry = {}
+            self._entry, self._weights_step = {}, None
         super().recall(trainer)
 
     def restore(self, entry: Mapping[str, Any]) -> None:
@@ -134,16 +132,23 @@ class TemperatureScaling(Monitor):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._bound_said = False
         if stage == "fit":
-            self._entry = {}  # of another run; a resumed one reads its own from the checkpoint
             self._saved = {}
 
     def attach(self, trainer: Any, pl_module: Any) -> None:
-        if self.when == "after_fit" and self.dataloader is None and not trainer.enable_validation:
+        if trainer.enable_validation or self.dataloader is not None:
+            return
+        if self.when == "after_fit":
             raise ValueError("TemperatureScaling(when='after_fit') needs dataloader= where there is no validation.")
+        warnings.warn(
+            "TemperatureScaling fits in validation, and this fit has none: give it validation data, or use "
+            "when='after_fit' with dataloader=.",
+            stacklevel=2,
+        )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._saved.update(_written(trainer))  # before the next save hides the last one
+        self._saved.update(kept_files(trainer))  # before the next save hides the last one
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         self._apply(trainer, pl_module)
@@ -153,6 +158,8 @@ class TemperatureScaling(Monitor):
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         self._apply(trainer, pl_module)
+        if self.apply:
+            self._check_weights()
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         self._detach()
@@ -165,11 +172,14 @@ class TemperatureScaling(Monitor):
                 "checkpoint that stores one, or run Trainer.validate first.",
                 stacklevel=2,
             )
+        if stage == "test":
+            self._check_weights()
 
     def hear(self, trainer: Any, pl_module: Any, heard: Heard, loader: int, stage: str) -> None:
         if stage == "test":
             if self.temperature is not None:
-                self._add_scaled(loader, *heard.rows()[:2], self.temperature)
+                sums = self._scaled.get(loader, Reliability.zero(self.bins))
+                self._scaled[loader] = sums + self._at(self.temperature, *heard.rows()[:2])
         elif loader == 0 and not (trainer.state.fn == "fit" and self.when == "after_fit"):
             self._reservoir.add(*heard.rows())
 
@@ -177,26 +187,28 @@ class TemperatureScaling(Monitor):
         if stage == "test":
             self._report(trainer, pl_module)
         elif not (trainer.state.fn == "fit" and self.when == "after_fit"):
-            rows = self._kept(trainer, pl_module)
-            fit = self._fit(trainer, pl_module, rows)
-            if fit is not None:
-                self._cross_fitted(trainer, pl_module, rows, fit)
+            values = self._fit(trainer, pl_module)
+            if values:
+                self.log_values(pl_module, values, self._entry["samples"])
         self._reservoir, self._scaled = Reservoir(self.max_samples, self.seed), {}
 
     @torch.inference_mode(False)
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._weights_step = int(trainer.global_step)
         if self.when == "after_fit":
             self._after_fit(trainer, pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if trainer.state.fn == "fit":
+            self._weights_step = int(trainer.global_step)
+        super().on_exception(trainer, pl_module, exception)
 
     # -- fitting -------------------------------------------------------------------------------------------------
 
     def _kept(self, trainer: Any, pl_module: Any) -> tuple[Tensor, ...]:
         """Log-probabilities, labels and sample numbers of what was kept and has a finite loss."""
-        rows = (
-            self._reservoir.rows()
-            if trainer.world_size == 1
-            else self._reservoir.rows(self._reduce(trainer, pl_module), trainer.global_rank, trainer.world_size)
-        )
+        reduce = self._reduce(trainer, pl_module)
+        rows = self._reservoir.rows(reduce, trainer.global_rank, trainer.world_size)
         log_p, labels, _ = rows
         finite = log_p.gather(1, labels.long().clamp(0, log_p.shape[1] - 1)[:, None])[:, 0].isfinite()
         lost, left = self._summed(trainer, pl_module, int((~finite).sum()), int(finite.sum()))
@@ -204,7 +216,7 @@ class TemperatureScaling(Monitor):
             no = "" if left else "; there is no finite one, and no temperature is fitted"
             what = f"{lost} predictions that a temperature was to be fitted on are NaN or infinite{no}."
             warnings.warn(what, stacklevel=2)
-        return tuple(column[finite] for column in rows)
+        return rows if bool(finite.all()) else tuple(column[finite] for column in rows)
 
     def _reduce(self, trainer: Any, pl_module: Any) -> Callable[[Tensor], Tensor] | None:
         return None if trainer.world_size == 1 else lambda state: self.summed(trainer, pl_module, state)
@@ -212,44 +224,48 @@ class TemperatureScaling(Monitor):
     def _summed(self, trainer: Any, pl_module: Any, *counts: int) -> list[int]:
         return [int(n) for n in self.summed(trainer, pl_module, torch.tensor(counts, dtype=torch.float64))]
 
-    def _fit(self, trainer: Any, pl_module: Any, rows: tuple[Tensor, ...]) -> TemperatureFit | None:
+    def _fit(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        """Fit what was kept; what is to be logged of it, nothing where there was nothing to fit on."""
+        rows = self._kept(trainer, pl_module)
         log_p, labels, _ = rows
         if not self._summed(trainer, pl_module, len(labels))[0]:
-            return None
+            return {}
         fit = fit_temperature(log_p, labels, reduce=self._reduce(trainer, pl_module))
+        crossed = self._cross_fitted(trainer, pl_module, rows)
         self._routes = list(self.probe.routes.values())
+        self._weights_step = int(trainer.global_step)
         self._entry = {
             "temperature": fit.temperature,
             "at_bound": fit.at_bound,
-            "fit_step": int(trainer.global_step),
+            "fit_step": self._weights_step,
             "samples": fit.samples,
             "nll": fit.nll,
-            "nll_scaled": fit.nll_scaled,
+            "nll_scaled": fit.nll_scaled if crossed is None else float(crossed.measures()["nll"]),
         }
-        if fit.at_bound:
+        if fit.at_bound and not self._bound_said:
+            self._bound_said = True
             self.say(
                 trainer,
                 f"TemperatureScaling: no best temperature exists for these {fit.samples} predictions (all right, or no "
                 f"better than chance); {fit.temperature:g} is a bound, not a finding.",
             )
-        return fit
+        named = {} if crossed is None else self._named(crossed, "val")
+        return {self.key("val", "temperature"): fit.temperature, **named}
 
-    def _cross_fitted(self, trainer: Any, pl_module: Any, rows: tuple[Tensor, ...], fit: TemperatureFit) -> None:
+    def _cross_fitted(self, trainer: Any, pl_module: Any, rows: tuple[Tensor, ...]) -> Reliability | None:
+        """Each half at the temperature of the other, over all processes; None where there are no two halves."""
         log_p, labels, sample = rows
         first = priorities(sample, self.seed + 1) < 0.5
-        values = {self.key("val", "temperature"): fit.temperature}
-        if min(self._summed(trainer, pl_module, int(first.sum()), int((~first).sum()))):
-            for half in (first, ~first):
-                other = fit_temperature(log_p[~half], labels[~half], reduce=self._reduce(trainer, pl_module))
-                self._add_scaled(0, log_p[half], labels[half], other.temperature)
-            own = self._scaled.get(0, Reliability.zero(self.bins))
-            sums = Reliability.load(self.summed(trainer, pl_module, own.state()))
-            values.update(self._named(sums, "val"))
-        self.log_values(pl_module, values, fit.samples)
+        if not min(self._summed(trainer, pl_module, int(first.sum()), int((~first).sum()))):
+            return None
+        sums = Reliability.zero(self.bins)
+        for half in (first, ~first):
+            other = fit_temperature(log_p[~half], labels[~half], reduce=self._reduce(trainer, pl_module))
+            sums = sums + self._at(other.temperature, log_p[half], labels[half])
+        return Reliability.load(self.summed(trainer, pl_module, sums.state()))
 
-    def _add_scaled(self, loader: int, log_p: Tensor, labels: Tensor, temperature: float) -> None:
-        batch = Reliability.of((log_p.float() / temperature).log_softmax(1), labels, self.bins)
-        self._scaled[loader] = self._scaled[loader] + batch if loader in self._scaled else batch
+    def _at(self, temperature: float, log_p: Tensor, labels: Tensor) -> Reliability:
+        return Reliability.of((log_p.float() / temperature).log_softmax(1), labels, self.bins)
 
     def _named(self, sums: Reliability, stage: str) -> dict[str, float]:
         measures = sums.measures()
@@ -270,60 +286,41 @@ class TemperatureScaling(Monitor):
     # -- after the fit -------------------------------------------------------------------------------------------
 
     def _after_fit(self, trainer: Any, pl_module: Any) -> None:
-        loader = self._own_loader(trainer)
-        self._saved.update(_written(trainer))
-        files = [Path(path) for path in (self._saved if self.checkpoints is None else self.checkpoints)]
+        loader = validation_loader(trainer) if self.dataloader is None else self.dataloader
+        self._saved.update(kept_files(trainer))
+        files = [str(path) for path in (self._saved if self.checkpoints is None else self.checkpoints)]
+        summed = partial(self._summed, trainer, pl_module)
         rewritten = 0
-        last = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
-        try:
-            for file in files:
-                if self.checkpoints is None and not file.is_file():
-                    continue  # not kept
-                try:
-                    pl_module.load_state_dict(last)
-                    saved = torch.load(file, map_location="cpu", weights_only=True)
-                    pl_module.load_state_dict(saved["state_dict"], strict=getattr(pl_module, "strict_loading", True))
-                except (pickle.UnpicklingError, RuntimeError, KeyError) as error:
-                    why = f"{type(error).__name__}: {error}".splitlines()[0]
-                    what = f"{file} could not be given a temperature and is left as it is ({why})."
-                    warnings.warn(what, stacklevel=2)
-                    continue
-                if self._fit_on(trainer, pl_module, loader) is not None and trainer.is_global_zero:
-                    fitted = {**self._entry, "fit_step": int(saved["global_step"])}
-                    routes = {step: route.to_dict() for step, route in self.probe.routes.items()}
-                    rewrite(file, {"route": routes, self.area: fitted}, __version__)
-                    rewritten += 1
+        with closing(weights_of(pl_module, files, summed, expected=self.checkpoints is not None)) as loaded:
+            for file, step in loaded:
+                if self._fit_on(trainer, pl_module, loader) and trainer.is_global_zero:
+                    routes = {name: route.to_dict() for name, route in self.probe.routes.items()}
+                    try:
+                        rewrite(file, {"route": routes, self.area: {**self._entry, "fit_step": step}}, __version__)
+                        rewritten += 1
+                    except OSError as error:
+                        warnings.warn(f"{file} could not be rewritten and is left as it is ({error}).", stacklevel=2)
                 trainer.strategy.barrier()
-        finally:
-            pl_module.load_state_dict(last)
-        fit = self._fit_on(trainer, pl_module, loader)
-        if fit is not None:
+        self._entry = {}  # that of the last file
+        if self._fit_on(trainer, pl_module, loader):
             written = f"; {rewritten} checkpoints got theirs, each for its own weights" if rewritten else ""
-            self.say(trainer, f"TemperatureScaling: T = {fit.temperature:.4g} for the last weights{written}.")
+            self.say(trainer, f"TemperatureScaling: T = {self.temperature:.4g} for the last weights{written}.")
 
-    def _own_loader(self, trainer: Any) -> Any:
-        if self.dataloader is not None:
-            return self.dataloader
-        if trainer.val_dataloaders is None:  # this run was too short to validate
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        return evaluation_loaders(trainer)[0][1]
-
-    def _fit_on(self, trainer: Any, pl_module: Any, loader: Any) -> TemperatureFit | None:
+    def _fit_on(self, trainer: Any, pl_module: Any, loader: Any) -> bool:
         self._reservoir = Reservoir(self.max_samples, self.seed)
-        length = true_length(loader, trainer.world_size)
-        several = trainer.val_dataloaders is not None and len(evaluation_loaders(trainer)) > 1
-        with _validating(trainer):
-            for i, (batch, index) in enumerate(own_batches(trainer, loader)):
-                batch = transferred(trainer, pl_module, batch)
-                args = (batch, i, 0) if several else (batch, i)
-                step = self.probe.for_listening(pl_module, ("validation_step", "test_step"), *args)
-                with trainer.precision_plugin.val_step_context(), self.probe.reading(step, listening=True) as reading:
-                    with torch.no_grad():
-                        call = reading.read(reading.x).detached()
-                    self._reservoir.add(*Heard(call, reading.x, index, index < length).rows())
-        return self._fit(trainer, pl_module, self._kept(trainer, pl_module))
+        read_loader(trainer, pl_module, self.probe, loader, self._reservoir.add)
+        return bool(self._fit(trainer, pl_module))
 
     # -- using it ------------------------------------------------------------------------------------------------
+
+    def _check_weights(self) -> None:
+        if self.temperature is not None and self._weights_step not in (None, self._entry["fit_step"]):
+            warnings.warn(
+                f"the temperature was fitted at step {self._entry['fit_step']}, the weights are from step "
+                f"{self._weights_step}: it belongs to other weights. Run Trainer.validate first, or pass ckpt_path= of "
+                "a checkpoint that stores its own.",
+                stacklevel=2,
+            )
 
     def _apply(self, trainer: Any, pl_module: Any) -> None:
         if not self.apply:
@@ -337,23 +334,3 @@ class TemperatureScaling(Monitor):
                 "output is the logits, use load_temperature(path) and divide them yourself."
             )
         self.on_detach(scale_output(pl_module, route, lambda: self.temperature))
-
-
-def _written(trainer: Any) -> dict[str, None]:
-    """The files that checkpoint callbacks know of; of those that keep all, only the newest."""
-    paths: dict[str, None] = {}
-    for callback in trainer.checkpoint_callbacks:
-        ends = (getattr(callback, "best_model_path", ""), getattr(callback, "last_model_path", ""))
-        paths.update(dict.fromkeys(str(path) for path in (*getattr(callback, "best_k_models", {}), *ends) if path))
-    return paths
-
-
-@contextmanager
-def _validating(trainer: Any) -> Iterator[None]:
-    """Hooks of the user's that augment in training see a validation."""
-    stage = trainer.state.stage
-    trainer.validating = True
-    try:
-        yield
-    finally:
-        trainer.state.stage = stage

@@ -11,16 +11,24 @@ from lightning_robust.randomness import priorities
 
 __all__ = ["Reservoir"]
 
+LARGEST = 50_000_000  # numbers, 200 MB: with very many classes fewer predictions are kept
+SLACK = 1.1  # of the rows that are kept: choosing anew for each batch would take long
+
 
 class Reservoir:
     """Log-probabilities and labels of at most ``capacity`` predictions, those with the smallest random priority.
 
     The priority is a function of (seed, prediction), so that the sample depends neither on the order and size of
-    batches nor on the number of processes.
+    batches nor on the number of processes. Rows are chosen where they are, and only those that are kept are copied to
+    the CPU; it never holds more than 1.1 times as many as it keeps.
 
     Args:
-        capacity: Predictions kept, over all processes.
+        capacity: Predictions kept, over all processes; fewer where ``capacity * K`` is above 50 million numbers
+            (200 MB), namely 50 million / K.
         seed: Of the priorities.
+
+    Raises:
+        ValueError: If ``capacity`` is below 1.
 
     Example:
         >>> kept = Reservoir(capacity=2)
@@ -34,6 +42,8 @@ class Reservoir:
             raise ValueError(f"a reservoir keeps at least one prediction, got capacity {capacity}.")
         self.capacity, self.seed = capacity, seed
         self.offered = 0
+        self._classes = 0
+        self._largest = 1.0  # priority that is still kept; all are below 1
         self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._held = 0
 
@@ -49,17 +59,20 @@ class Reservoir:
         if not len(labels):
             return
         self.offered += len(labels)
+        self._limit(log_probabilities.shape[1])
         sample = sample.cpu()
         _, each = torch.unique_consecutive(sample, return_counts=True)
         position = torch.arange(len(sample)) - (each.cumsum(0) - each).repeat_interleave(each)
         priority = priorities((sample << 24) + position, self.seed)
-        # A part by itself may be larger than all that is kept: pixels of a batch.
-        keep = priority <= priority.kthvalue(self.capacity).values if len(priority) > self.capacity else slice(None)
-        rows = log_probabilities.detach().float().cpu()
-        self._parts.append((rows[keep], labels.cpu()[keep], sample[keep], priority[keep]))
-        self._held += len(self._parts[-1][1])
-        if self._held > 2 * self.capacity:
-            self._shrink(self.capacity)
+        # Before anything is copied: a batch of pixels may be larger than all that is kept.
+        if self._held + int((priority <= self._largest).sum()) > SLACK * self.capacity:
+            self._choose(priority)
+        chosen = (priority <= self._largest).nonzero()[:, 0]
+        if len(chosen):
+            rows = log_probabilities.detach()[chosen.to(log_probabilities.device)].float().cpu()
+            own = labels[chosen.to(labels.device)].cpu()
+            self._parts.append((rows, own, sample[chosen], priority[chosen]))
+            self._held += len(own)
 
     def rows(
         self, summed: Callable[[Tensor], Tensor] | None = None, rank: int = 0, world: int = 1
@@ -71,28 +84,54 @@ class Reservoir:
             rank: Number of this process.
             world: How many there are.
         """
-        self._shrink(self.capacity)
-        if summed is not None and int(summed(torch.tensor([self.offered], dtype=torch.float64))) > self.capacity:
+        if summed is not None:
+            facts = torch.zeros(1 + world, dtype=torch.float64)
+            facts[0], facts[1 + rank] = self.offered, self._classes
+            facts = summed(facts)
+            self._limit(int(facts[1:].max()))  # a process without samples does not know how many classes there are
+        if self._held > self.capacity:
+            self._choose()
+        if summed is not None and int(facts[0]) > self.capacity:
             table = torch.full((world, self.capacity), 0.0, dtype=torch.float64)
-            own = self._parts[0][3] if self._parts else torch.zeros(0, dtype=torch.float64)
+            own = self._priorities()
             table[rank] = 2.0  # above every priority: an empty place
             table[rank, : len(own)] = own
             self._keep(float(summed(table).flatten().kthvalue(self.capacity).values))
+        self._merge()
         if not self._parts:
-            return torch.zeros(0, 2), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+            none = torch.zeros(0, dtype=torch.long)
+            return torch.zeros(0, self._classes or 2), none, none
         return self._parts[0][:3]
 
-    def _shrink(self, size: int) -> None:
-        if not self._parts:
-            return
-        self._parts = [tuple(torch.cat(column) for column in zip(*self._parts, strict=True))]  # type: ignore[list-item]  # a tuple of four, as before
-        priority = self._parts[0][3]
-        if len(priority) > size:
-            self._keep(float(priority.kthvalue(size).values))
-        self._held = len(self._parts[0][1])
+    def _limit(self, classes: int) -> None:
+        self._classes = max(self._classes, classes)
+        self.capacity = max(1, min(self.capacity, LARGEST // max(1, self._classes)))
+
+    def _priorities(self) -> Tensor:
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *(part[3] for part in self._parts)])
+
+    def _choose(self, *offered: Tensor) -> None:
+        self._keep(float(torch.cat([self._priorities(), *offered]).kthvalue(self.capacity).values))
 
     def _keep(self, largest: float) -> None:
-        if self._parts:
-            keep = self._parts[0][3] <= largest
-            self._parts = [tuple(column[keep] for column in self._parts[0])]  # type: ignore[list-item]  # a tuple of four, as before
-            self._held = int(keep.sum())
+        self._largest = min(self._largest, largest)
+        for i, part in enumerate(self._parts):  # one after the other: never two copies of all
+            keep = part[3] <= self._largest
+            if not bool(keep.all()):
+                self._parts[i] = part[0][keep], part[1][keep], part[2][keep], part[3][keep]
+        self._parts = [part for part in self._parts if len(part[1])]
+        self._held = sum(len(part[1]) for part in self._parts)
+
+    def _merge(self) -> None:
+        """Make one part of all, letting go of each as it is copied."""
+        if len(self._parts) < 2:
+            return
+        whole = tuple(column.new_empty(self._held, *column.shape[1:]) for column in self._parts[0])
+        end = 0
+        parts, self._parts = self._parts[::-1], []
+        while parts:
+            part = parts.pop()
+            start, end = end, end + len(part[1])
+            for column, own in zip(whole, part, strict=True):
+                column[start:end] = own
+        self._parts = [whole]  # type: ignore[list-item]  # a tuple of four, as its parts

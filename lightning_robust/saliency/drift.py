@@ -25,7 +25,7 @@ def drift(maps: Tensor, earlier: Tensor) -> dict[str, Tensor]:
         earlier: Maps of the same shape.
 
     Returns:
-        One number per sample, ``(N,)`` in float64; NaN where a map itself holds NaN or infinity.
+        One number per sample, ``(N,)`` in float64 on the CPU; NaN where a map itself holds NaN or infinity.
 
         - ``iou10``: intersection over union, in [0, 1], of the tenth of the inputs (rounded up) with the largest
           magnitude. Ties with the last of them are in, zeros never; two maps of zeros are the same.
@@ -49,7 +49,7 @@ def drift(maps: Tensor, earlier: Tensor) -> dict[str, Tensor]:
         raise ValueError(
             f"expected two tensors of maps (N, ...) of one shape, got {tuple(maps.shape)} and {tuple(earlier.shape)}."
         )
-    a, b = maps.detach().flatten(1).double(), earlier.detach().to(maps.device).flatten(1).double()
+    a, b = (m.detach().cpu().double().flatten(1) for m in (maps, earlier))  # in this order: MPS has no float64
     finite = (a.isfinite() & b.isfinite()).all(1)
     values = {"iou10": _overlap(_largest_tenth(a), _largest_tenth(b)), "cosine": _centred_cosine(a, b)}
     return {name: value.where(finite, torch.nan) for name, value in values.items()}
@@ -89,7 +89,7 @@ class QuantisedMaps:
 
     def maps(self) -> Tensor:
         """The maps in float32, each off by at most half a step: 1/254 of its largest magnitude."""
-        return (self.values.double() * _beside(self.scale, self.values)).float()
+        return (self.values.cpu().double() * _beside(self.scale.cpu(), self.values)).float()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain tensors, for a checkpoint that ``torch.load(weights_only=True)`` can read."""
@@ -113,7 +113,7 @@ def quantised(maps: Tensor) -> QuantisedMaps:
         >>> snapshot.maps()
         tensor([[   0., -127.,   40.]])
     """
-    exact = maps.detach().double().cpu()
+    exact = maps.detach().cpu().double()
     scale = exact.abs().flatten(1).amax(1) / _LEVELS
     # A map of zeros has no scale, one with NaN has no values: it comes back as NaN, through its scale.
     steps = (exact / _beside(scale.where(scale != 0, 1.0), exact)).nan_to_num(0, 0, 0)

@@ -68,6 +68,15 @@ def test_every_checkpoint_has_an_entry_that_plain_torch_reads(tmp_path: Any, wei
     assert zoo.ListBatch.load_from_checkpoint(paths[0]).state_dict().keys() == module.state_dict().keys()
 
 
+def test_a_file_of_an_old_torch_is_read_too(tmp_path: Path) -> None:
+    entry = {"format": 1, "global_step": 5}
+    content = {"state_dict": {"weight": torch.arange(3.0)}, "lightning_robust": entry}
+    torch.save(content, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    assert read_entry(tmp_path / "old.ckpt") == entry
+    with pytest.raises(FileNotFoundError):
+        read_entry(tmp_path / "missing.ckpt")
+
+
 # -- files that are written again ------------------------------------------------------------------------------------
 
 

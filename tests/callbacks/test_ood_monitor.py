@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from lightning_robust import CalibrationMonitor, OODMonitor, PixelSpace, TemperatureScaling, read_entry
+from lightning_robust.attach.reading import Reading
+from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.demo import Letters
 from lightning_robust.ood import SYNTHETIC
 from lightning_robust.randomness import RandomState, seeded
@@ -275,6 +277,153 @@ def test_inputs_that_do_not_fit_are_an_error_with_both_shapes(source: Any) -> No
 def test_what_can_be_iterated_once_only_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"'s'.*iterated once only.*list or a DataLoader"):
         OODMonitor({"s": iter([X])})  # type: ignore[dict-item]  # the mistake that is meant
+
+
+# -- without a gradient ----------------------------------------------------------------------------------------------
+
+
+class Frozen(Both):
+    """Features of a backbone under ``no_grad``; a batch whose first leaf is the target."""
+
+    def logits_of(self, batch: Any) -> Tensor:
+        with torch.no_grad():
+            features = self.net[:-1](batch["image"])
+        return self.net[-1](features)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.logits_of(batch), batch["label"])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
+
+def test_a_frozen_backbone_is_measured_on_given_and_on_synthetic_sets() -> None:
+    rows = [{"label": i % 10, "image": image} for i, image in enumerate(zoo.images(90))]
+    own = DataLoader(rows, 16)
+    module = trained(Frozen, own)
+    inside = logits(module, zoo.images(90))
+    for source in (TensorDataset(X), DataLoader([{"label": -1, "image": x} for x in X], 9)):
+        found = measured(module, OODMonitor({"s": source}), loaders=own)
+        assert found == near(by_hand(inside, logits(module, X), "ood/val/s"))
+    shuffled = SYNTHETIC["synthetic_shuffle"](zoo.images(90), [seeded(0, 1, i) for i in range(90)], PixelSpace())
+    expected = by_hand(inside, logits(module, shuffled), "ood/val/synthetic_shuffle")
+    found = measured(module, OODMonitor(), loaders=own)
+    assert {key: found[key] for key in expected} == near(expected)
+
+
+class Texts(Both):
+    """Token ids of any length, with a mask, as tokenizers give them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 10))
+
+    def mean(self, batch: Any) -> Tensor:
+        z, mask = self.net(batch["ids"]), batch["mask"][..., None]
+        return (z * mask).sum(1) / mask.sum(1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.mean(batch), batch["label"])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
+
+def texts(n: int, length: int, seed: int, label: int | None = None) -> list[dict[str, Any]]:
+    draws = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 50, (n, length), generator=draws)
+    mask = torch.arange(length) < torch.randint(1, length + 1, (n, 1), generator=draws)
+    labels = [i % 10 if label is None else label for i in range(n)]
+    return [{"label": y, "ids": x, "mask": m.long()} for y, x, m in zip(labels, ids, mask, strict=True)]
+
+
+@pytest.mark.parametrize("length", [12, 7])
+@pytest.mark.parametrize("input_key", [None, "ids"])
+def test_token_ids_are_measured_with_the_masks_of_their_own_batch(length: int, input_key: Any) -> None:
+    own, other = texts(90, 12, 0), texts(70, length, 1, label=-1)
+    module = trained(Texts, DataLoader(own, 16))
+    callback = OODMonitor({"s": DataLoader(other, 9)}, input_key=input_key)
+    found = measured(module, callback, loaders=DataLoader(own, 16))
+    with torch.no_grad():
+        z = [module.eval().mean(next(iter(DataLoader(rows, 90)))).double().numpy() for rows in (own, other)]
+    assert found == near(by_hand(*z, "ood/val/s"))
+
+
+class Tokens(Both):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Embedding(50, 8), nn.Flatten(), nn.Linear(96, 10))
+
+
+def test_token_ids_alone_take_the_place_of_those_of_the_evaluation() -> None:
+    x, foreign = (torch.stack([row["ids"] for row in texts(n, 12, n)]) for n in (90, 70))
+    own = DataLoader(TensorDataset(x, zoo.labels(90)), 16)
+    module = trained(Tokens, own)
+    found = measured(module, OODMonitor({"s": TensorDataset(foreign)}), loaders=own)
+    assert found == near(by_hand(logits(module, x), logits(module, foreign), "ood/val/s"))
+    with pytest.raises(ValueError, match=r"expected inputs like those .* \(N, 12\), got a batch with .*float32"):
+        measured(module, OODMonitor({"s": TensorDataset(torch.rand(20, 12))}), loaders=own)
+
+
+def test_synthetic_sets_of_token_ids_are_not_made_and_that_is_said_once() -> None:
+    own = DataLoader(texts(64, 12, 0), 16)
+    trainer = zoo.trainer(callbacks=[OODMonitor()], max_epochs=2)
+    with pytest.warns(UserWarning, match=r"synthetic sets are made of pictures .* int64 \(16, 12\)") as seen:
+        trainer.fit(zoo.built(Texts), own, own)
+    assert len(ours(seen)) == 1
+    assert trainer.current_epoch == 2
+    assert not [key for key in trainer.callback_metrics if key.startswith("ood")]
+
+
+@pytest.mark.parametrize("sets", [None, {"s": TensorDataset(X)}])
+def test_what_cannot_be_read_is_said_once_and_ends_no_run(sets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: Any, **__: Any) -> Any:
+        raise ProbeError("this step is a riddle.")
+
+    callback = OODMonitor(sets)
+    trainer = zoo.trainer(callbacks=[callback], max_epochs=2)
+    monkeypatch.setattr(Reading, "read", unreadable)
+    with pytest.warns(UserWarning, match="nothing is measured: this step is a riddle") as seen:
+        trainer.fit(zoo.built(Both), data(), data())
+    assert len(ours(seen)) == 1
+    assert trainer.current_epoch == 2
+    assert not [key for key in trainer.callback_metrics if key.startswith("ood")]
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
+class Beside:
+    """A trainer as the process of one rank sees it."""
+
+    def __init__(self, trainer: Any, rank: int) -> None:
+        self.trainer, self.world_size, self.global_rank = trainer, 3, rank
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.trainer, name)
+
+
+def test_samples_that_a_distributed_sampler_deals_twice_count_once() -> None:
+    seen: list[int] = []
+
+    class OfRank(OODMonitor):
+        rank = 0
+
+        def before(self, trainer: Any, *where: Any) -> None:
+            super().before(Beside(trainer, self.rank), *where)
+
+        def finish(self, *where: Any) -> None:
+            seen.append(self._tables["s"].n)
+            super().finish(*where)
+
+    module, own = trained(), TensorDataset(X)  # 70 samples: two are dealt twice
+    for rank in range(3):
+        sampler = torch.utils.data.DistributedSampler(own, 3, rank, shuffle=False)
+        assert len(sampler) == 24
+        callback = OfRank({"s": DataLoader(own, 7, sampler=sampler)})
+        callback.rank = rank
+        measured(module, callback)
+    assert seen == [24, 23, 23]
 
 
 # -- synthetic sets --------------------------------------------------------------------------------------------------
@@ -566,6 +715,8 @@ def test_logits_fn_is_taken_at_its_word() -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"sets": {}}, "at least one set"),
     ({"scores": ["enrgy"]}, "Did you mean 'energy'"),
+    ({"scores": "energy"}, r"scores= takes a list of scores, e\.g\. \['energy', 'msp'\], got 'energy'"),
+    ({"scores": []}, r"scores= takes a list .* got \[\]"),
     ({"max_samples": 0}, "at least 1"),
     ({"stages": ["train"]}, "'val', 'test' or both"),
     ({"stages": "val"}, "takes a list"),
@@ -576,6 +727,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_bad_settings_are_refused_at_once(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         OODMonitor(**settings)
+
+
+@pytest.mark.parametrize("sets", [data(), [data()], TensorDataset(X), (X, X)])
+def test_sets_without_names_are_refused_at_once(sets: Any) -> None:
+    with pytest.raises(TypeError, match=rf"takes names and data sets, OODMonitor.*got a {type(sets).__name__}"):
+        OODMonitor(sets)
 
 
 @pytest.mark.parametrize("stages", [["val"], ["test"]])

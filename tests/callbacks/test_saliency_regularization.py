@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import json
@@ -477,6 +478,43 @@ def test_manual_optimisation_is_refused_before_training() -> None:
     with pytest.raises(RuntimeError, match=r"SaliencyRegularization\(input_gradient\) adds .* manual optimisation"):
         trainer.fit(zoo.built(zoo.ManualOptimisation), zoo.loader(zoo.ManualOptimisation))
     assert trainer.global_step == 0
+
+
+# -- functions of the user's -----------------------------------------------------------------------------------------
+
+
+def test_a_function_of_three_arguments_is_a_penalty() -> None:
+    class Written(NoDropout):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            z = self(x)
+            return F.cross_entropy(z, y) + WEIGHT * z.square().mean()
+
+    def plain(logits_fn: Any, x: Tensor, y: Tensor) -> Tensor:
+        return logits_fn(x).square().mean()
+
+    def told(logits: Any, call: Tensor, y: Tensor, mask: Any = None, *, reuse: bool) -> Tensor:
+        assert (mask, reuse) == (None, True)
+        return plain(logits, call, y)
+
+    def curious(logits_fn: Any, x: Tensor, y: Tensor, **offered: Any) -> Tensor:
+        assert offered.keys() == {"call", "logits", "reuse"}
+        return plain(logits_fn, x, y)
+
+    expected = flat(fitted(Written))
+    for penalty in (plain, told, curious, lambda logits_fn, x, y: plain(logits_fn, x, y), functools.partial(plain)):
+        found = flat(fitted(NoDropout, SaliencyRegularization(penalty, WEIGHT)))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert float((flat(fitted(NoDropout)) - expected).abs().max()) > 1e-4
+
+
+def test_a_lambda_is_logged_under_a_name_without_brackets() -> None:
+    trainer = zoo.trainer(callbacks=[SaliencyRegularization(lambda logits_fn, x, y: logits_fn(x).square().mean())])
+    trainer.fit(zoo.built(NoDropout), data())
+    assert {key for key in trainer.callback_metrics if key.startswith("robust")} == {
+        "robust/train/lambda",
+        "robust/train/lambda_weight",
+    }
 
 
 # -- masks -----------------------------------------------------------------------------------------------------------

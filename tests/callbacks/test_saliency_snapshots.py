@@ -215,6 +215,39 @@ def test_snapshots_are_taken_first_last_and_when_due(every: int, epochs: int, ex
     assert [row["step"] for row in callback._history["val"]] == [4 * epoch for epoch in expected]
 
 
+class Ending(pl.Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = trainer.global_step == 10
+
+
+@pytest.mark.parametrize("how", ["max_steps", "should_stop"])
+def test_a_run_that_ends_early_is_photographed_at_its_end(how: str) -> None:
+    callback = SaliencySnapshots(["gradient"], every_n_epochs=100, samples=3)
+    others, settings = ([], {"max_steps": 12}) if how == "max_steps" else ([Ending()], {})
+    trainer = fit(zoo.built(Net), callback, *others, max_epochs=50, **settings)
+    assert trainer.current_epoch < 5
+    assert [row["step"] for row in callback._history["val"]] == [4, trainer.global_step]
+
+
+def test_outside_of_a_fit_a_snapshot_is_called_by_its_step(tmp_path: Path) -> None:
+    def captions(callback: SaliencySnapshots) -> list[str]:
+        return [caption for caption, _ in callback._films["val"]["gradient"].shown()]
+
+    callback = SaliencySnapshots(["gradient"], samples=3)
+    module = zoo.built(Net)
+    trainer = fit(module, callback, max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    trainer.validate(module, data(), verbose=False)
+    assert captions(callback) == ["first: epoch 1", "previous: epoch 2", "now: step 8"]
+    assert callback._history["val"][-1].keys() == {"step", "gradient"}
+    fresh = SaliencySnapshots(["gradient"], samples=3)
+    zoo.trainer(callbacks=[fresh]).validate(zoo.built(Net), data(), ckpt_path=tmp_path / "x.ckpt", verbose=False)
+    assert captions(fresh)[-1] == "now: step 8"
+    untrained = SaliencySnapshots(["gradient"], samples=3)
+    zoo.trainer(callbacks=[untrained]).validate(zoo.built(Net), data(), verbose=False)
+    assert captions(untrained) == ["first: validate"]
+
+
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +330,68 @@ def test_the_test_stage_has_a_probe_set_of_its_own() -> None:
     expected = maps_by_hand(module, probes.x, probes.label)["gradient"]
     assert_maps(last_maps(callback, "gradient", "test"), expected)
     assert set(callback.section()["saliency.mine"]) == {"val", "test"}
+
+
+def test_a_checkpoint_before_the_next_validation_still_holds_the_films(tmp_path: Path) -> None:
+    class Saving(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                trainer.save_checkpoint(tmp_path / f"mid{trainer.current_epoch}.ckpt")
+
+    def run(epochs: int, path: Any = None) -> SaliencySnapshots:
+        callback = SaliencySnapshots(["gradient"], samples=4)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*resuming from a checkpoint that ended before")
+            trainer = fit(zoo.built(Net), callback, Saving(), max_epochs=epochs, ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        return callback
+
+    def anchor(entry: Any) -> Tensor:
+        values: Tensor = entry["val"]["films"]["gradient"]["kept"][0]["values"]
+        return values
+
+    first = run(1).section()["saliency"]
+    run(2, tmp_path / "end.ckpt")
+    stored = torch.load(tmp_path / "mid1.ckpt", weights_only=True)["lightning_robust"]["saliency"]
+    assert [row["epoch"] for row in stored["val"]["drift"]] == [1]
+    again = run(3, tmp_path / "mid1.ckpt")
+    assert torch.equal(anchor(again.section()["saliency"]), anchor(first))
+    assert [row["epoch"] for row in again._history["val"]] == [1, 2, 3]
+
+
+def test_another_run_on_other_data_has_probes_of_its_own() -> None:
+    callback = SaliencySnapshots(["gradient"], samples=4)
+    module = zoo.built(Net)
+    fit(module, callback)
+    chosen = callback._probes["val"].hash
+    trainer = zoo.trainer(callbacks=[callback])
+    trainer.validate(module, data(), verbose=False)  # the same data: no warning, the same anchor
+    assert callback._probes["val"].hash == chosen
+    assert len(callback._history["val"]) == 4
+    other, x = zoo.built(Net), data(seed=9)
+    with pytest.warns(UserWarning, match="explain other samples.*a new anchor is set"):
+        trainer.validate(other, x, verbose=False)
+    assert saliency(trainer)["saliency/val_gradient/iou10_to_anchor"] == 1
+    probes = callback._probes["val"]
+    assert torch.equal(probes.x, x.dataset.tensors[0][probes.index])
+    assert_maps(last_maps(callback, "gradient"), maps_by_hand(other, probes.x, probes.label)["gradient"])
+
+
+class Tokens(zoo.ListBatch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Embedding(30, 8), nn.Flatten(), nn.Linear(40, 10))
+
+
+def test_token_ids_have_no_gradient_and_end_no_run() -> None:
+    loader = DataLoader(TensorDataset(torch.arange(320).view(64, 5) % 30, zoo.labels(64)), 16)
+    callback = SaliencySnapshots(["gradient"], samples=4)
+    with pytest.warns(UserWarning, match="no floating-point input") as seen:
+        trainer = fit(zoo.built(Tokens), callback, training=loader, validation=loader)
+    assert sum("SaliencySnapshots" in str(w.message) for w in seen) == 1
+    assert trainer.current_epoch == 3
+    assert not saliency(trainer)
+    assert callback.section() == {}
 
 
 # -- strangers -------------------------------------------------------------------------------------------------------

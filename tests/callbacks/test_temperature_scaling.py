@@ -7,6 +7,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,12 @@ def best_temperature(z: np.ndarray, y: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
+def cross_fitted_nll(z: np.ndarray, y: np.ndarray, seed: int) -> float:
+    """Each half of the samples at the temperature of the other."""
+    first = (priorities(torch.arange(len(y)), seed + 1) < 0.5).numpy()
+    return sum(nll(z[h], y[h], best_temperature(z[~h], y[~h])) * h.mean() for h in (first, ~first))
+
+
 def loaded(path: Any, shape: type[zoo.Shape] = Both) -> Any:
     module = shape()
     module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
@@ -127,6 +134,7 @@ KEEPING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the temperature 64 is a bound")  # of a network after three steps
 @pytest.mark.parametrize(("keep", "settings"), KEEPING.values(), ids=KEEPING.keys())
 def test_a_checkpoint_has_the_temperature_of_its_own_weights(
     tmp_path: Path, keep: dict[str, Any], settings: dict[str, Any]
@@ -151,9 +159,10 @@ def test_a_checkpoint_saved_between_validations_is_stale(tmp_path: Path) -> None
         load_temperature(late, strict=True)
 
 
-def test_the_entry_says_what_was_fitted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["validation", "after_fit"])
+def test_the_entry_says_what_was_fitted_and_how_well_it_does_on_other_samples(tmp_path: Path, when: str) -> None:
     module = zoo.built(Both)
-    trainer = fit(module, TemperatureScaling())
+    trainer = fit(module, TemperatureScaling(when=when))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     section = torch.load(tmp_path / "last.ckpt", weights_only=True)["lightning_robust"]["calibration"]
     z, y = logits_of(module)
@@ -161,13 +170,23 @@ def test_the_entry_says_what_was_fitted(tmp_path: Path) -> None:
     expected = {
         "temperature": temperature,
         "nll": nll(z, y),
-        "nll_scaled": nll(z, y, temperature),
+        "nll_scaled": cross_fitted_nll(z, y, seed=0),
         "fit_step": 20,
         "samples": 150,
     }
     assert {name: section[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert section["at_bound"] is False
-    assert section["nll_scaled"] <= section["nll"]
+    assert section["nll_scaled"] > nll(z, y, temperature) + 1e-6  # which saw the very samples it is measured on
+    logged = trainer.callback_metrics.get("calibration/val/nll_scaled")
+    assert logged is None if when == "after_fit" else float(logged) == pytest.approx(section["nll_scaled"], rel=1e-6)
+
+
+def test_of_a_single_sample_the_entry_has_what_the_fit_has(tmp_path: Path) -> None:
+    module, callback = zoo.built(Both), TemperatureScaling()
+    zoo.trainer(callbacks=[callback]).validate(module, data(1), verbose=False)
+    section = callback.section()["calibration"]
+    z, y = logits_of(module, 1)
+    assert section["nll_scaled"] == pytest.approx(nll(z, y, section["temperature"]), rel=1e-4)
 
 
 def test_averaged_weights_are_validated_saved_and_fitted_alike(tmp_path: Path) -> None:
@@ -310,6 +329,17 @@ def test_a_temperature_at_its_bound_is_said_to_be_one(
     assert "no best temperature exists for these 64 predictions" in caplog.text
 
 
+def test_a_bound_is_spoken_of_once_a_run(caplog: pytest.LogCaptureFixture) -> None:
+    x = zoo.images(64)
+    loader = DataLoader(TensorDataset(x, answers(x, 0, wrong=0)), 16)
+    trainer = zoo.trainer(max_epochs=3, callbacks=[TemperatureScaling()])
+    with caplog.at_level("INFO", "lightning_robust"):
+        trainer.fit(module := zoo.built(Perfect), training(), loader)
+        assert caplog.text.count("no best temperature exists") == 1
+        trainer.validate(module, loader, verbose=False)
+    assert caplog.text.count("no best temperature exists") == 2
+
+
 def test_constant_logits_have_a_temperature_and_no_trouble() -> None:
     module, callback = zoo.built(Perfect), TemperatureScaling()
     module.strength = 0.0
@@ -416,7 +446,9 @@ def test_the_temperature_of_other_weights_is_forgotten(tmp_path: Path, known: st
     callback = TemperatureScaling()
     fit(zoo.built(Both), callback)
     saving = zoo.trainer(callbacks=[] if known == "foreign" else [TemperatureScaling()])
-    saving.fit(zoo.built(Both, 5), training())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TemperatureScaling fits in validation, and this fit has none")
+        saving.fit(zoo.built(Both, 5), training())
     saving.save_checkpoint(tmp_path / "other.ckpt", weights_only=weights_only)
     assert callback.temperature is not None
     with pytest.warns(UserWarning, match="no temperature for these weights"):
@@ -562,6 +594,46 @@ def test_a_second_fit_starts_without_a_temperature(tmp_path: Path) -> None:
         load_temperature(tmp_path / "0-1.ckpt")
 
 
+def test_a_temperature_of_earlier_weights_is_not_used_silently() -> None:
+    module, scaling = zoo.built(Both), TemperatureScaling(apply=True)
+    trainer = fit(module, scaling, max_epochs=3, check_val_every_n_epoch=2)  # validated at 20 of 30 steps
+    earlier = scaling.temperature
+    for run in (lambda t: t.test(module, data(), verbose=False), lambda t: t.predict(module, data())):
+        for evaluating in (trainer, zoo.trainer(callbacks=[scaling])):
+            with pytest.warns(UserWarning, match="fitted at step 20, the weights are from step 30"):
+                run(evaluating)
+    assert scaling.temperature == earlier
+    zoo.trainer(callbacks=[scaling]).validate(module, data(), verbose=False)
+    assert scaling.temperature != earlier
+    trainer.test(module, data(), verbose=False)  # without a warning
+
+
+@own_advice
+def test_a_checkpoint_brings_a_temperature_that_is_not_earlier_than_its_weights(kept: Callable[[bool], Path]) -> None:
+    module, scaling = zoo.built(Both), TemperatureScaling()
+    trainer = fit(module, scaling, max_epochs=3, check_val_every_n_epoch=2)
+    trainer.test(module, data(), ckpt_path=kept(True), verbose=False)
+    assert scaling.temperature == load_temperature(kept(True))
+
+
+def test_a_fit_that_was_interrupted_after_its_validation_says_so_in_the_test() -> None:
+    class Interrupting(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 13:
+                raise ZeroDivisionError
+
+    module, scaling = zoo.built(Both), TemperatureScaling()
+    with pytest.raises(ZeroDivisionError):
+        fit(module, scaling, Interrupting())
+    with pytest.warns(UserWarning, match="fitted at step 10, the weights are from step 13"):
+        zoo.trainer(callbacks=[scaling]).test(module, data(), verbose=False)
+
+
+def test_a_fit_without_validation_says_that_nothing_will_be_fitted() -> None:
+    with pytest.warns(UserWarning, match="fits in validation, and this fit has none"):
+        zoo.trainer(callbacks=[TemperatureScaling()]).fit(zoo.built(Both), training())
+
+
 # -- after the fit ---------------------------------------------------------------------------------------------------
 
 
@@ -694,6 +766,32 @@ def test_after_the_fit_checkpoints_without_their_frozen_part_are_read_as_lightni
         there = copy.deepcopy(module)
         there.load_state_dict(torch.load(path, weights_only=True)["state_dict"], strict=False)
         assert load_temperature(path, strict=True) == pytest.approx(best_temperature(*logits_of(there)), rel=1e-4)
+
+
+def test_after_the_fit_a_missing_or_broken_file_is_warned_of_and_the_others_get_theirs(tmp_path: Path) -> None:
+    class Losing(pl.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            (tmp_path / "0-10.ckpt").write_bytes(b"PK")
+
+    module = zoo.built(Both)
+    files = [str(tmp_path / name) for name in ("missing.ckpt", "0-10.ckpt", "1-20.ckpt")]
+    scaling = TemperatureScaling(when="after_fit", checkpoints=files)
+    with pytest.warns(UserWarning, match="could not be given a temperature") as said:
+        fit(module, keeping(tmp_path), Losing(), scaling, enable_checkpointing=True)
+    messages = [str(w.message) for w in said if "could not be given a temperature" in str(w.message)]
+    assert [Path(message.split()[0]).name for message in messages] == ["missing.ckpt", "0-10.ckpt"]
+    assert load_temperature(files[2], strict=True) == pytest.approx(best_temperature(*logits_of(module)), rel=1e-4)
+
+
+def test_after_the_fit_a_full_disk_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("lightning_robust.callbacks.temperature_scaling.rewrite", full)
+    module, scaling = zoo.built(Both), TemperatureScaling(when="after_fit")
+    with pytest.warns(UserWarning, match=r"could not be rewritten.*no space left"):
+        fit(module, keeping(tmp_path), scaling, enable_checkpointing=True, max_epochs=1)
+    assert scaling.temperature == pytest.approx(best_temperature(*logits_of(module)), rel=1e-4)
 
 
 def test_during_the_fit_after_fit_measures_nothing_and_validate_still_does() -> None:

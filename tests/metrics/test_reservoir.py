@@ -89,12 +89,36 @@ def test_pixels_of_one_picture_are_chosen_by_themselves() -> None:
         assert sorted(map(tuple, kept[0].tolist())) == sorted(map(tuple, log_p[smallest].tolist()))
 
 
-def test_memory_is_bounded_by_twice_the_capacity() -> None:
-    kept, rows = Reservoir(50), offered(10_000)
-    for part in zip(*(column.split(30) for column in rows), strict=True):
+@pytest.mark.parametrize("size", [1, 30, 400])
+def test_memory_is_bounded_by_a_tenth_more_than_the_capacity(size: int) -> None:
+    kept, rows = Reservoir(50), offered(4_000)
+    for part in zip(*(column.split(size) for column in rows), strict=True):
         kept.add(*part)
-        assert sum(len(held[1]) for held in kept._parts) <= 2 * 50 + 30
-    assert kept.offered == 10_000
+        assert sum(len(held[1]) for held in kept._parts) <= 55
+    assert kept.offered == 4_000
+    assert len(kept.rows()[1]) == 50
+
+
+def test_only_what_is_kept_is_copied_to_the_cpu() -> None:
+    copied: list[int] = []
+
+    class OnDevice(Tensor):
+        def cpu(self, *args: Any, **kwargs: Any) -> Any:
+            copied.append(len(self))
+            return self.as_subclass(Tensor)
+
+    log_p, labels, sample = offered(1000)
+    kept = Reservoir(20)
+    kept.add(log_p.as_subclass(OnDevice), labels, sample)  # type: ignore[arg-type]  # a tensor
+    assert copied == [20]
+
+
+def test_with_very_many_classes_fewer_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{Reservoir.__module__}.LARGEST", 120)
+    rows = offered(101)  # of 3 classes
+    kept = in_order(filled(rows, 7, 100).rows())
+    assert all(map(torch.equal, kept, in_order(filled(rows, 101, 40).rows())))
+    assert len(filled(rows, 7, 39).rows()[1]) == 39
 
 
 def test_what_is_kept_is_float32_on_the_cpu_without_a_graph() -> None:
@@ -171,3 +195,11 @@ def test_a_process_without_samples_takes_part() -> None:
     found = together([filled(rows, 8, 40), Reservoir(40)])
     assert all(map(torch.equal, in_order(found[0]), in_order(filled(rows, 101, 40).rows())))
     assert len(found[1][1]) == 0
+
+
+def test_several_processes_agree_on_how_few_are_kept_of_very_many_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = offered(101)
+    expected = in_order(filled(rows, 101, 40).rows())
+    monkeypatch.setattr(f"{Reservoir.__module__}.LARGEST", 120)
+    found = together([filled(rows, 8, 100), Reservoir(100)])
+    assert all(map(torch.equal, in_order(found[0]), expected))

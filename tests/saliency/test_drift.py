@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lightning_robust.randomness import seeded
 from lightning_robust.saliency import QuantisedMaps, drift, quantised
@@ -134,3 +136,21 @@ def test_a_map_of_zeros_stays_one_and_a_broken_one_comes_back_broken() -> None:
     back = quantised(maps).maps()
     assert torch.equal(back[0], torch.zeros(4))
     assert bool(back[1:].isnan().all())
+
+
+def test_nothing_becomes_double_before_it_is_on_the_cpu() -> None:
+    """Some devices (MPS) have no float64."""
+    doubled: list[str] = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (Tensor.double, Tensor.cpu):
+                doubled.append(f"{func.__name__} {args[0].dtype}")
+            return func(*args, **(kwargs or {}))
+
+    maps = torch.rand(2, 3, 4)
+    for function in (lambda: drift(maps, maps), lambda: quantised(maps)):
+        doubled.clear()
+        with Watching():
+            function()
+        assert doubled[:2] == ["cpu torch.float32", "double torch.float32"]
