@@ -209,7 +209,7 @@ def tensorboard_command(output: str | Path) -> str:
 
 @contextmanager
 def _without_its_callbacks() -> Iterator[None]:
-    """Lightning asks for the callbacks and the folder of the run that saved a checkpoint; who measures it has others."""
+    """Lightning asks for callbacks and folder of the run that saved a checkpoint; who measures it has others."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The dirpath has changed")
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
