@@ -83,10 +83,10 @@ def _fit(arguments: argparse.Namespace) -> int:
     if results is None:
         print("Trained; there is no test data (or test_step) to report on.")
         return 0
-    table = run.table([results] if beside is None else [results, beside])
-    (Path(results.run) / "results.md").write_text(table + "\n")
-    print(f"\n{_aligned(table)}\n")
-    print(f"run          {results.run}  (results.json, results.md, recipe.yaml)")
+    columns = [results] if beside is None else [results, beside]
+    run.write_table(columns, results.run)
+    print(f"\n{_aligned(run.table(columns))}\n")
+    print(f"run          {results.run}  (results.json, results.md, table.json, recipe.yaml)")
     print(f"checkpoint   {results.checkpoint}")
     print(f"tensorboard  {run.tensorboard_command(arguments.output)}")
     return 0

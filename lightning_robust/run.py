@@ -20,7 +20,7 @@ from lightning_robust.attach.checkpoint import rewrite
 from lightning_robust.attach.step import defines
 from lightning_robust.recipe import Recipe, RecipeError, compose, instantiate
 
-__all__ = ["Results", "evaluate", "fit", "latest", "table"]
+__all__ = ["Results", "evaluate", "fit", "latest", "table", "write_table"]
 
 RAW, RESOLVED, RESULTS = "recipe.yaml", "recipe.resolved.yaml", "results.json"
 
@@ -175,13 +175,20 @@ def _report(
     results = Results(name, str(folder), checkpoint, tested, seed, round(time.monotonic() - start, 1), recipe.resolved)
     if write and trainer.is_global_zero:
         results.write()
-        (folder / "results.md").write_text(table([results]) + "\n")
+        write_table([results], folder)
     return results
 
 
 def table(columns: Sequence[Results]) -> str:
     """Results side by side as a Markdown table; see :func:`lightning_robust.report.table`."""
     return report.table([(result.recipe, result.metrics) for result in columns])
+
+
+def write_table(columns: Sequence[Results], folder: str | Path) -> None:
+    """The table as ``results.md``, and its cells by run and label as ``table.json``."""
+    (Path(folder) / "results.md").write_text(table(columns) + "\n")
+    cells = [{"recipe": result.recipe, **report.cells(result.metrics)} for result in columns]
+    (Path(folder) / "table.json").write_text(json.dumps(cells, indent=2) + "\n")
 
 
 def latest(output: str | Path, name: str, *, finished: bool = False) -> Path | None:

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_robust import load_temperature, run
 from lightning_robust.recipe import RecipeError, available, compose
+from lightning_robust.report import cells
 from lightning_robust.run import Results
 
 FEW = [
@@ -90,8 +91,10 @@ def test_the_written_recipe_is_the_one_that_ran(finished: Results) -> None:
     assert finished.resolved["trainer"]["max_epochs"] == 1
 
 
-def test_the_table_is_written_as_markdown(finished: Results) -> None:
+def test_the_table_is_written_as_markdown_and_json(finished: Results) -> None:
     assert (Path(finished.run) / "results.md").read_text() == run.table([finished]) + "\n"
+    (column,) = json.loads((Path(finished.run) / "table.json").read_text())
+    assert column == {"recipe": finished.recipe, **cells(finished.metrics)}
 
 
 def test_tensorboard_shows_the_recipe_the_curves_and_what_the_attack_did(finished: Results) -> None:
