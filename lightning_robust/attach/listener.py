@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,10 +20,19 @@ from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import UNSCALED, LossWatcher, ProbeError, is_unheard
 from lightning_robust.losses import LossCall
 
-__all__ = ["STEPS", "Heard", "Listener"]
+__all__ = ["STEPS", "Heard", "Listener", "step_context"]
 
 STEPS = {"val": ("validation_step",), "test": ("test_step", "validation_step")}
 """Which step is read in which stage, the first that the user wrote."""
+
+
+def step_context(trainer: Any, stage: str) -> AbstractContextManager[Any]:
+    """The precision in which Lightning runs the steps of a stage."""
+    precision = trainer.precision_plugin
+    context: AbstractContextManager[Any] = (
+        precision.test_step_context() if stage == "test" else precision.val_step_context()
+    )
+    return context
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Heard:
     index: Tensor
     counts: Tensor
 
+    @cached_property
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities ``(R, K)``, labels ``(R,)`` and sample numbers ``(R,)`` of all that counts."""
         log_p, labels, sample = self.call.rows()
@@ -108,8 +119,7 @@ class Listener:
                 "there is no batch to read. Take (batch, batch_idx), or leave this callback out."
             )
         several = len(evaluation_loaders(trainer)) > 1
-        precision = trainer.precision_plugin
-        self._context = precision.test_step_context if stage == "test" else precision.val_step_context
+        self._context = partial(step_context, trainer, stage)
         self._args = (batch_idx, loader) if several else (batch_idx,)
         with self._context():
             step = self.probe.for_listening(module, STEPS[stage], batch, *self._args)

@@ -43,6 +43,7 @@ class Monitor(RobustCallback):
         self._template: Step | None = None
         self._entry: dict[str, Any] = {}  # what the checkpoint gets: of the last validation, or brought by a checkpoint
         self._unreadable = False
+        self._warned: set[str] = set()
 
     @property
     def state_key(self) -> str:
@@ -81,6 +82,12 @@ class Monitor(RobustCallback):
     def record(self, trainer: Any, measured: Mapping[str, Any]) -> None:
         """What checkpoints get from now on, and the step of the weights that it is about."""
         self._entry = {**measured, "measured_step": int(trainer.global_step)} if measured else {}
+
+    def warn_once(self, message: str, about: str = "") -> None:
+        """A warning that is not repeated; nor are others ``about`` the same."""
+        if (about or message) not in self._warned:
+            self._warned.add(about or message)
+            warnings.warn(f"{type(self).__name__}: {message}", stacklevel=2)
 
     def log_values(self, pl_module: Any, values: dict[str, float], n: int) -> None:
         """Log what is equal on all processes already."""

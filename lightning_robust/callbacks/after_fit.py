@@ -88,6 +88,6 @@ def read_loader(trainer: Any, module: Any, probe: Probe, loader: Any, add: Calla
             with trainer.precision_plugin.val_step_context(), probe.reading(step, listening=True) as reading:
                 with torch.no_grad():
                     call = reading.read(reading.x).detached()
-                add(*Heard(call, reading.x, index, index < length).rows())
+                add(*Heard(call, reading.x, index, index < length).rows)
     finally:
         trainer.state.stage = stage

@@ -71,7 +71,7 @@ class CalibrationMonitor(Monitor):
         self._sums = {}
 
     def hear(self, trainer: Any, pl_module: Any, heard: Heard, loader: int, stage: str) -> None:
-        log_p, labels, _samples = heard.rows()
+        log_p, labels, _samples = heard.rows
         batch = Reliability.of(log_p, labels, self.bins)
         self._sums[loader] = self._sums[loader] + batch if loader in self._sums else batch
 

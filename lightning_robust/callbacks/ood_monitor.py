@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from lightning_robust.attach.batches import Path, described, get, leaves, rebuilt, resized
-from lightning_robust.attach.listener import Heard
+from lightning_robust.attach.listener import Heard, step_context
 from lightning_robust.attach.loaders import own_batches, size_of, transferred, true_length
 from lightning_robust.attach.monitor import Monitor
 from lightning_robust.attach.probe import Probe
@@ -113,7 +112,6 @@ class OODMonitor(Monitor):
         self._tables: dict[str, ScoreTable] = {}
         self._own = ScoreTable(list(self.scores), 1)
         self._log_probabilities = False  # whether the loss gets these
-        self._unserved: set[str] = set()  # what cannot be measured here, said once
 
     def settings(self) -> Mapping[str, Any]:
         sets = ", ".join(self.sets)
@@ -129,10 +127,8 @@ class OODMonitor(Monitor):
     def before(self, trainer: Any, step: Step, batch_idx: int, loader: int, stage: str) -> None:
         if loader or self._unreadable or not (self.synthetic or batch_idx == 0):
             return
-        precision = trainer.precision_plugin
-        context = precision.test_step_context() if stage == "test" else precision.val_step_context()
         try:
-            with context, torch.no_grad():
+            with step_context(trainer, stage), torch.no_grad():
                 self._find_input(step)
                 if self.synthetic:
                     self._score_synthetic(step)
@@ -141,7 +137,7 @@ class OODMonitor(Monitor):
         except ProbeError as error:
             self._unreadable = True
             self.begin(trainer, step.module, stage)  # a part of a set is no set
-            self._warn_once(f"foreign inputs cannot be read, nothing is measured: {error}")
+            self.warn_once(f"foreign inputs cannot be read, nothing is measured: {error}")
 
     def hear(self, trainer: Any, pl_module: Any, heard: Heard, loader: int, stage: str) -> None:
         if loader == 0:
@@ -173,7 +169,7 @@ class OODMonitor(Monitor):
         with self.probe.reading(step, listening=True) as reading:
             x = reading.x
             if x.ndim != 4 or min(x.shape[2:]) < GRID or not x.is_floating_point():
-                self._warn_once(
+                self.warn_once(
                     f"synthetic sets are made of pictures (N, C, H, W) with sides of at least {GRID}, the input is "
                     f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}: name data sets or loaders of foreign "
                     "inputs, OODMonitor({'other': loader})."
@@ -260,9 +256,9 @@ class OODMonitor(Monitor):
             logits = call.logits.float()  # right but for the energy, which log-probabilities have lost
             self._log_probabilities = True
             if "energy" in self.scores:
-                self._warn_once(f"the loss ({call.kind}) gets log-probabilities, which have no energy; use msp.")
+                self.warn_once(f"the loss ({call.kind}) gets log-probabilities, which have no energy; use msp.")
         if logits is None or len(logits) != len(index):
-            self._warn_once(
+            self.warn_once(
                 f"scores are about one prediction a sample; this module's loss gets {tuple(call.logits.shape)} for "
                 f"{len(index)} samples ({call.kind}). Nothing is measured.",
                 "head",
@@ -278,13 +274,8 @@ class OODMonitor(Monitor):
         finite = scores.isfinite()
         if not bool(finite.all()):
             lost = f"{int((~finite).sum())} of {len(scores)} here, {score} for the set {name!r}"
-            self._warn_once(f"scores that are NaN or infinite are left out ({lost}).", "finite")
+            self.warn_once(f"scores that are NaN or infinite are left out ({lost}).", "finite")
         return scores[finite]
-
-    def _warn_once(self, message: str, about: str = "") -> None:
-        if (about or message) not in self._unserved:
-            self._unserved.add(about or message)
-            warnings.warn(f"OODMonitor: {message}", stacklevel=2)
 
     def _log(self, pl_module: Any, stage: str, name: str, score: str, found: Mapping[str, float], n: int) -> None:
         shown = {"fpr95_ood_positive": "fpr95"}

@@ -13,6 +13,7 @@ from torch.utils.data import RandomSampler
 
 from lightning_robust.attach.base import show_image
 from lightning_robust.attach.checkpoint import pack_bits
+from lightning_robust.attach.listener import step_context
 from lightning_robust.attach.loaders import evaluation_loaders
 from lightning_robust.attach.monitor import Monitor, suffixes
 from lightning_robust.attach.probe import Probe
@@ -118,11 +119,9 @@ class RobustAccuracy(Monitor):
         if not bool(keep.any()):
             return
         # The precision of the run, except for autocast: robust accuracy in half precision is no robust accuracy.
-        precision = trainer.precision_plugin
-        context = precision.test_step_context() if stage == "test" else precision.val_step_context()
         step = self.listener.readable(stage)
         no_autocast = torch.autocast(trainer.strategy.root_device.type, enabled=False)
-        with context, no_autocast, self.probe.reading(step) as reading:
+        with step_context(trainer, stage), no_autocast, self.probe.reading(step) as reading:
             if not self._checked:
                 self._first_batch(trainer, reading, loader)
             self._measure(reading, scores, index, keep, pictures=loader == 0 and trainer.is_global_zero)

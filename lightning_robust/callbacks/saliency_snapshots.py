@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.attach.base import show_image
-from lightning_robust.attach.listener import Heard
+from lightning_robust.attach.listener import Heard, step_context
 from lightning_robust.attach.monitor import Monitor
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.reading import Reading
@@ -105,7 +105,7 @@ class SaliencySnapshots(Monitor):
         self._found_layer: str | None = None
         self._loaded_step = 0  # of the checkpoint; outside of fit the Trainer does not take it over
         self._shape = torch.Size()
-        self._unserved: set[str] = set()
+        self._warned = set()
 
     def settings(self) -> Mapping[str, Any]:
         methods = ", ".join(self.methods)
@@ -162,7 +162,7 @@ class SaliencySnapshots(Monitor):
             return
         labels = heard.call.labels()
         if labels.numel() != len(heard.x) or len(labels) != len(heard.x):
-            self._warn_once(
+            self.warn_once(
                 f"one class a sample can be explained; this module's loss gets labels {tuple(labels.shape)} for "
                 f"{len(heard.x)} samples. Nothing is photographed."
             )
@@ -177,10 +177,8 @@ class SaliencySnapshots(Monitor):
             self._candidates = None
         if stage not in self._probes or not self._due(trainer, stage):
             return
-        precision = trainer.precision_plugin
-        context = precision.test_step_context() if stage == "test" else precision.val_step_context()
         no_autocast = torch.autocast(trainer.strategy.root_device.type, enabled=False)
-        with context, no_autocast, self.probe.reading(template) as reading:
+        with step_context(trainer, stage), no_autocast, self.probe.reading(template) as reading:
             self._snapshot(trainer, reading, stage)
 
     def finish(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -264,14 +262,14 @@ class SaliencySnapshots(Monitor):
         if method != "gradcam":
             return function(reading.logits, x, target)
         if x.ndim != 4:
-            self._warn_once(f"Grad-CAM explains pictures (N, C, H, W), the input is {tuple(x.shape)}; it is left out.")
+            self.warn_once(f"Grad-CAM explains pictures (N, C, H, W), the input is {tuple(x.shape)}; it is left out.")
             return None
         name = self.layer or self._found_layer
         if name is None:
             with torch.no_grad():
                 name = self._found_layer = last_feature_map(reading.module, lambda: reading.read(x))
         if name is None:
-            self._warn_once(
+            self.warn_once(
                 "Grad-CAM needs a feature map (N, C, H, W), and this module has no convolution that gives one: leave "
                 "'gradcam' out of methods=, or name a submodule with layer=."
             )
@@ -288,11 +286,6 @@ class SaliencySnapshots(Monitor):
         low, high = self.pixels.bounds or (float(images.min()), float(images.max()))
         bounds = (low, max(high, low + 1e-6))
         return filmstrip(images, probes.label, predictions, confidences, film.shown(), bounds, self.classes)
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._unserved:
-            self._unserved.add(message)
-            warnings.warn(f"SaliencySnapshots: {message}", stacklevel=2)
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module:

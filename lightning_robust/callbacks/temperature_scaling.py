@@ -179,9 +179,9 @@ class TemperatureScaling(Monitor):
         if stage == "test":
             if self.temperature is not None:
                 sums = self._scaled.get(loader, Reliability.zero(self.bins))
-                self._scaled[loader] = sums + self._at(self.temperature, *heard.rows()[:2])
+                self._scaled[loader] = sums + self._at(self.temperature, *heard.rows[:2])
         elif loader == 0 and not (trainer.state.fn == "fit" and self.when == "after_fit"):
-            self._reservoir.add(*heard.rows())
+            self._reservoir.add(*heard.rows)
 
     def finish(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "test":

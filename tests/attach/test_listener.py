@@ -35,7 +35,7 @@ class Hearing(Monitor):
         self.rows: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     def hear(self, trainer: Any, pl_module: Any, heard: Heard, loader: int, stage: str) -> None:
-        self.rows.append((loader, *heard.rows()))
+        self.rows.append((loader, *heard.rows))
 
     def of(self, loader: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         rows = [row[1:] for row in self.rows if row[0] == loader]

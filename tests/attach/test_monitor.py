@@ -144,7 +144,7 @@ class Noting(Monitor):
         self.notes.append(f"before {loader}.{batch_idx}")
 
     def hear(self, trainer: Any, pl_module: Any, heard: Heard, loader: int, stage: str) -> None:
-        self.notes.append(f"hear {len(heard.rows()[0])}")
+        self.notes.append(f"hear {len(heard.rows[0])}")
 
     def last(self, trainer: Any, template: Step, stage: str) -> None:
         self.notes.append(f"last {template.name} {tuple(template.batch[0].shape)}")
