@@ -163,6 +163,23 @@ class LossCall:
             z = (self.logits.float().logit(eps=1e-7) / temperature).sigmoid().to(self.logits.dtype)
         return replace(self, logits=z)
 
+    def squashed(self) -> str | None:
+        """Why what the loss gets looks squashed twice, or squashed otherwise than this loss expects; else None.
+
+        It changes nothing in how the call is treated: that is a matter of its kind.
+        """
+        z = self.logits.detach()
+        rows = self.kind in ("cross_entropy", "nll_loss") and z.ndim > 1 and z.shape[1] > 1 and z.numel() > 0
+        if rows and bool((z >= 0).all()) and bool(((z.float().sum(1) - 1).abs() < 1e-3).all()):
+            if self.kind == "nll_loss":
+                return (
+                    "nll_loss takes log-probabilities, and gets rows that sum to 1 (a softmax without its logarithm)."
+                )
+            return "cross_entropy gets rows that sum to 1 (a softmax), and applies a softmax of its own to them."
+        if self.kind == "binary_cross_entropy_with_logits" and _made_by(self.logits, "SigmoidBackward"):
+            return "binary_cross_entropy_with_logits gets the output of a sigmoid, and applies its own to it."
+        return None
+
     def predictions(self) -> Tensor:
         """Predicted classes, ``(N, ...)``; for yes/no outputs 0 or 1, shaped like the logits."""
         if self.kind == "binary_cross_entropy_with_logits":
@@ -205,3 +222,11 @@ class LossCall:
         z = z.logit(eps=1e-7) if self.kind == "binary_cross_entropy" else z
         against = torch.where(self.target > 0.5, -z, z)
         return against.flatten(1).amax(1) if against.ndim > 1 else against
+
+
+def _made_by(tensor: Tensor, operation: str) -> bool:
+    """Whether a tensor is the result of an operation, views aside."""
+    node = tensor.grad_fn
+    while node is not None and any(view in node.name() for view in ("View", "Squeeze", "Reshape", "Alias")):
+        node = node.next_functions[0][0] if node.next_functions else None
+    return node is not None and node.name().startswith(operation)

@@ -5,15 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Box", "PixelSpace", "clamped"]
+__all__ = ["Box", "ModelUnits", "PixelSpace", "clamped"]
 
 Box = tuple[Tensor, Tensor] | tuple[float, float]
 """Lowest and highest legal value: one pair of numbers, or one of tensors shaped like the pixels."""
+
+
+class ModelUnits(Protocol):
+    """What turns pixels into what a model sees: a :class:`PixelSpace`, or several side by side."""
+
+    def to_model(self, pixels: Tensor, dtype: torch.dtype | None = None) -> Tensor: ...  # as PixelSpace's
+
 
 # Round-off of a normalise/denormalise round trip stays far below this share of the range; a wrong range does not.
 TOLERANCE = 1e-4
@@ -109,8 +116,12 @@ class PixelSpace:
 
     def count_outside(self, x: Tensor) -> int:
         """How many samples of the model inputs ``x`` leave the bounds by more than round-off."""
+        return int(self.outside_rows(x).sum())
+
+    def outside_rows(self, x: Tensor) -> Tensor:
+        """Which samples of the model inputs ``x`` leave the bounds by more than round-off, ``(N,)``."""
         if self.bounds is None:
-            return 0
+            return torch.zeros(len(x), dtype=torch.bool, device=x.device)
         # Half precision cannot hold a normalised white pixel any better than this.
         rounding = (
             torch.finfo(x.dtype).eps * float(x.abs().max()) * max(_channels("std", self.std)) if x.numel() else 0.0
@@ -118,7 +129,7 @@ class PixelSpace:
         slack = max(TOLERANCE * (self.bounds[1] - self.bounds[0]), rounding)
         pixels = self.to_pixels(x)
         far = (pixels < self.bounds[0] - slack) | (pixels > self.bounds[1] + slack)
-        return int(far.flatten(1).any(1).sum())
+        return far.reshape(len(x), -1).any(1)
 
     def check(self, x: Tensor) -> None:
         """Raise if model inputs ``x`` cannot have come from this pixel space.

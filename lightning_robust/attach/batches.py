@@ -11,15 +11,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Path", "as_path", "copied", "described", "get", "leaves", "rebuilt", "resized", "shown"]
+__all__ = [
+    "InputKey",
+    "Key",
+    "Path",
+    "as_path",
+    "as_paths",
+    "copied",
+    "described",
+    "get",
+    "leaves",
+    "rebuilt",
+    "resized",
+    "shown",
+]
 
 Path = tuple[str | int, ...]
 """Where a leaf is: keys, indices and attribute names from the batch inwards. A bare tensor has the path ``()``."""
 
 
-def as_path(key: str | int | tuple[str | int, ...]) -> Path:
-    """The path that a user's ``input_key=`` or ``target_key=`` names."""
+Key = str | int | tuple[str | int, ...]
+"""How a user names a leaf."""
+
+InputKey = Key | list[Key]
+"""How a user names the input, or several inputs."""
+
+
+def as_path(key: Key) -> Path:
+    """The path that a user's ``target_key=`` or ``mask_key=`` names."""
     return tuple(key) if isinstance(key, (tuple, list)) else (key,)
+
+
+def as_paths(key: InputKey) -> tuple[Path, ...]:
+    """The paths that a user's ``input_key=`` names: one (a key, an index, or a tuple of them), or a list of such.
+
+    Example:
+        >>> as_paths(("pair", 0)), as_paths(["left", ("pair", 0)])
+        ((('pair', 0),), (('left',), ('pair', 0)))
+    """
+    return tuple(map(as_path, key)) if isinstance(key, list) else (as_path(key),)
 
 
 def _items(node: Any) -> list[tuple[str | int, Any]] | None:

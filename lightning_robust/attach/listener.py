@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.attach.batches import Path, copied, get, rebuilt
+from lightning_robust.attach.batches import copied, get, rebuilt
+from lightning_robust.attach.inputs import Inputs
 from lightning_robust.attach.loaders import evaluation_loaders, true_length
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.route import Route, call_at
@@ -81,7 +82,7 @@ class Listener:
         self.index = self.counts = torch.zeros(0)
         self._open: tuple[int, int] | None = None  # batch and loader that is listened to
         self._args: tuple[int, ...] = ()
-        self._input: Path = ()
+        self._input = Inputs(((),))
         self._step: Step | None = None
         self._batch: Any = None  # a copy, since steps may write into theirs
         self._context: Callable[[], AbstractContextManager[Any]] = ExitStack
@@ -126,7 +127,7 @@ class Listener:
             route = self._route(step, loader)
         self._open, self._step, self._batch = (batch_idx, loader), step, rebuilt(batch, {}, copied)
         self.index, self.counts = self._numbers(trainer, loader, len(get(batch, route.input)))
-        self._input = route.input
+        self._input = route.inputs
         self._hear = self._listen(step, route, loader, step.name == STEPS[stage][0])
         return step
 
@@ -153,7 +154,7 @@ class Listener:
                     "out of what is measured.",
                     stacklevel=2,
                 )
-            x = get(self._batch, self._input)
+            x = self._input.of(self._batch)
             self._heard = None if call is None else Heard(call, x, self.index, self.counts)
         return self._heard
 

@@ -7,6 +7,7 @@ optimizer steps) happens twice. No assumption is made about how a batch looks or
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,11 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.attach.batches import Path, as_path, copied, described, get, leaves, rebuilt, shown
+from lightning_robust.attach.batches import InputKey, Key, as_path, as_paths, copied, described, get, rebuilt, shown
+from lightning_robust.attach.discovery import counted_by, floats_of, input_of, may_have_input, no_input, tracked
 from lightning_robust.attach.reading import Reading
-from lightning_robust.attach.route import Route, call_at, outputs_into, producer_of, target_of
+from lightning_robust.attach.route import Route, call_at, producer_of, target_of
 from lightning_robust.attach.step import Step, defines
-from lightning_robust.attach.watcher import Followed, LossWatcher, ProbeError, Stop, quiet, run_until_stop
+from lightning_robust.attach.watcher import (
+    Followed,
+    LossWatcher,
+    NoLossError,
+    ProbeError,
+    Stop,
+    quiet,
+    run_until_stop,
+)
 from lightning_robust.losses import LOSSES, LossCall
 from lightning_robust.randomness import RandomState, reseed
 
@@ -30,7 +40,8 @@ class Probe:
     """Finds out how a module's steps get from a batch to logits, and reads them.
 
     Args:
-        input_key: Where the input is, if it cannot be told: a key, an index, or a tuple of them (``("image", 0)``).
+        input_key: Where the input is, if it cannot be told: a key, an index, or a tuple of them (``("image", 0)``); a
+            list of such for several inputs.
         target_key: Where the target is, likewise.
         logits_fn: ``(module, batch) -> logits`` for losses that no probe can see; needs ``target_key``.
         loss_index: Which loss call of the step to read, 0 for the first.
@@ -38,8 +49,8 @@ class Probe:
 
     def __init__(
         self,
-        input_key: str | int | tuple[str | int, ...] | None = None,
-        target_key: str | int | tuple[str | int, ...] | None = None,
+        input_key: InputKey | None = None,
+        target_key: Key | None = None,
         logits_fn: Callable[..., Any] | None = None,
         loss_index: int = 0,
     ) -> None:
@@ -50,18 +61,19 @@ class Probe:
             )
         if loss_index < 0:
             raise ValueError(f"loss_index= counts the loss calls of a step from 0, got {loss_index}.")
-        self.input_path = None if input_key is None else as_path(input_key)
+        self.input_paths = None if input_key is None else as_paths(input_key)
         self.target_path = None if target_key is None else as_path(target_key)
         self.logits_fn, self.loss_index = logits_fn, loss_index
         self.routes: dict[str, Route] = {}
         self._kind: type | None = None  # of the module that the routes belong to
+        self._said: set[str] = set()  # steps that were warned about
         self._unheard: set[str] = set()  # steps that have nothing to be heard
         self._stand_ins: dict[str, str] = {}  # steps that cannot be read, and which one is read for them
 
     @property
     def overrides(self) -> tuple[Any, ...]:
         """What the user said; probes that were told the same find the same."""
-        return self.input_path, self.target_path, self.logits_fn, self.loss_index
+        return self.input_paths, self.target_path, self.logits_fn, self.loss_index
 
     @property
     def overridden(self) -> bool:
@@ -108,7 +120,7 @@ class Probe:
     def _fits(route: Route, batch: Any) -> bool:
         """Whether a batch has what the route needs; another loader may bring another make of batch."""
         try:
-            return isinstance(get(batch, route.input), Tensor) and (
+            return all(isinstance(get(batch, path), Tensor) for path in route.inputs.paths) and (
                 route.target is None or get(batch, route.target) is not None
             )
         except KeyError:
@@ -146,10 +158,11 @@ class Probe:
                 f"loss_index={self.loss_index}, but {where} calls only {watcher.count} loss functions; count from 0."
             )
         hint = f" The last candidate seen was {watcher.hint}." if watcher.hint else ""
-        raise ProbeError(
+        raise NoLossError(
             f"{where} calls none of the losses that can be read ({', '.join(sorted(set(LOSSES.values())))}).{hint} Say "
             "where its logits come from: logits_fn=lambda module, batch: ..., with target_key=... for the targets. "
-            f"The batch has {described(step.batch)}. Regression and detection have no logits and are not served."
+            f"The batch has {described(step.batch)}. Regression and detection have no logits and are not served.",
+            watcher.candidate,
         )
 
     def _until_module(self, step: Step, route: Route) -> LossCall:
@@ -193,103 +206,64 @@ class Probe:
         Raises:
             ProbeError: With what was found, and the argument that settles it.
         """
-        batch = step.batch
+        batch, where = step.batch, f"{type(step.module).__name__}.{step.name}"
         if hasattr(batch, "__next__"):
             raise ProbeError(
-                f"{type(step.module).__name__}.{step.name} takes an iterator instead of a batch "
-                f"(dataloader_iter); there is no batch to read."
+                f"{where} takes an iterator instead of a batch (dataloader_iter); there is no batch to read."
             )
-        tracked = {path: leaf for path, leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
-        if not tracked and not listening:
-            raise ProbeError(
-                f"the batch of {type(step.module).__name__} has no floating-point input to differentiate: "
-                f"{described(batch)}. Token ids cannot be perturbed; cast integer images to float in the data pipeline."
-            )
-        if self.input_path is not None and self.input_path not in tracked and not listening:
-            get(batch, self.input_path)  # says what there is
-            raise ProbeError(
-                f"input_key names {shown(self.input_path)}, which is no floating-point tensor; the batch has "
-                f"{described(batch)}."
-            )
-        outputs: dict[str, list[Tensor]] = {}
+        if self.input_paths is not None and not listening:
+            self._check_named(batch)
+        elif not listening and not may_have_input(batch):
+            raise no_input(batch, where)
         with quiet(step.module, False, False) as state:
-            inputs = {path: leaf.detach().clone().requires_grad_() for path, leaf in tracked.items()}
-            # Clones of the leaves: a step may normalise its batch in place, which leaves of a graph forbid.
-            fed = rebuilt(batch, {path: leaf.clone() for path, leaf in inputs.items()}, copied)
-            state.restore()
-            followed = {id(leaf): (path, leaf) for path, leaf in leaves(fed) if isinstance(leaf, Tensor) and path}
-            with outputs_into(outputs, step.module), torch.set_grad_enabled(graph):
-                call = self.call(step.with_batch(fed), Route(step.name, (), None, ""), followed)
-            path, reached = self._input_or_count(call, inputs, step, listening)
-            target, cast = (self.target_path, True) if self.target_path else target_of(call, batch, fed, followed)
-            module = producer_of(call.logits, outputs)
-            same = module is None or outputs[module][0].shape == call.logits.shape
+            read = tracked(self.call, step, floats_of(batch), state, graph)
+            try:
+                paths, integer = input_of(self.call, read, step, state, self.input_paths)
+            except ProbeError:
+                if not listening:
+                    raise
+                paths, integer = (), False
+            call, differentiable = read.call, bool(paths)
+            paths = paths or (counted_by(call, batch),)
+            found = target_of(call, batch, read.fed, read.followed)
+            target, cast = (self.target_path, True) if self.target_path else found
+            module = producer_of(call.logits, read.outputs)
+            same = module is None or read.outputs[module][0].shape == call.logits.shape
             shape = None if same else tuple(call.logits.shape[1:])
             route = Route(
                 step.name,
-                path,
+                paths[0],
                 target,
                 call.kind,
                 module,
                 shape=shape,
                 cast=cast,
                 ignore_index=call.options.get("ignore_index", -100),
-                differentiable=reached,
+                differentiable=differentiable,
+                others=paths[1:],
+                integer=integer,
             )
+        self._warn_of_squashing(call, where)
         self.routes[step.name] = route
         return route
 
-    def _input_or_count(
-        self, call: LossCall, inputs: dict[Path, Tensor], step: Step, listening: bool
-    ) -> tuple[Path, bool]:
-        try:
-            return self._input_of(call, inputs, step), True
-        except ProbeError:
-            if not listening:
-                raise
-        tensors = [(path, leaf) for path, leaf in leaves(step.batch) if isinstance(leaf, Tensor) and leaf.ndim]
-        n = len(call.logits) if call.logits.ndim else 1
-        # As many as the loss gets; or fewer, where each sample gives it several rows (tokens), or some (masked ones).
-        rows = [path for path, leaf in tensors if len(leaf) == n]
-        rows += [path for path, leaf in tensors if len(leaf) > 1 and n % len(leaf) == 0]
-        rows += [path for path, _ in tensors]
-        if not rows:
-            raise ProbeError(f"the batch has no tensor to count samples by: {described(step.batch)}.")
-        return rows[0], False
-
-    def _input_of(self, call: LossCall, inputs: dict[Path, Tensor], step: Step) -> Path:
-        def reached(value: Tensor, retain: bool) -> list[Path]:
-            if not value.requires_grad or not inputs:
-                return []
-            # Kept only where it is needed again: compiled backward passes refuse to be kept.
-            grads = torch.autograd.grad(value.sum(), list(inputs.values()), allow_unused=True, retain_graph=retain)
-            return [path for path, grad in zip(inputs, grads, strict=True) if grad is not None]
-
-        # Soft labels are floats too: what the target depends on is no input.
-        from_target = reached(call.target, retain=True)
-        candidates = [path for path in reached(call.logits, retain=False) if path not in from_target]
-        if self.input_path is not None:
-            if self.input_path not in candidates:
+    def _check_named(self, batch: Any) -> None:
+        for path in self.input_paths or ():
+            leaf = get(batch, path)  # says what there is
+            if not isinstance(leaf, Tensor) or leaf.dtype == torch.bool:
                 raise ProbeError(
-                    f"the logits do not depend on {shown(self.input_path)} (input_key=), but on "
-                    f"{[shown(p) for p in candidates]}."
+                    f"input_key names {shown(path)}, which is no tensor of numbers; the batch has {described(batch)}."
                 )
-            return self.input_path
-        if len(candidates) == 1:
-            return candidates[0]
-        where = f"{type(step.module).__name__}.{step.name}"
-        if candidates:
-            names = ", ".join(shown(p) for p in candidates)
-            key = candidates[0][0] if len(candidates[0]) == 1 else candidates[0]
-            raise ProbeError(
-                f"the logits of {where} depend on several inputs: {names}. Say which one to perturb, e.g. "
-                f"input_key={key!r}."
+
+    def _warn_of_squashing(self, call: LossCall, where: str) -> None:
+        twice = call.squashed()
+        if twice and where not in self._said:
+            self._said.add(where)
+            warnings.warn(
+                f"{where}: {twice} What the loss gets is trained on and measured as it is; hand the loss what stands "
+                "before the softmax or sigmoid.",
+                stacklevel=2,
             )
-        raise ProbeError(
-            f"no gradient reaches a floating-point input of {where}: {described(step.batch)}. Is the network (a frozen "
-            f"backbone?) run under torch.no_grad(), or are its features detached? Then no attack through "
-            f"gradients exists. If another loss of the step is meant, say which: loss_index=1."
-        )
 
     def for_listening(self, module: nn.Module, names: Sequence[str], *args: Any) -> Step:
         """The step to hear a validation or test batch in; gradients are not asked for.

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.attach.batches import copied, get, rebuilt, resized, shown
+from lightning_robust.attach.batches import copied, get, rebuilt, resized
 from lightning_robust.attach.route import Route
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import ProbeError
+from lightning_robust.attacks.guard import Guarded, guard
+from lightning_robust.attacks.joint import JointThreat, side_by_side
+from lightning_robust.attacks.threat import ThreatModel
 from lightning_robust.losses import LossCall
 from lightning_robust.randomness import RandomState, untouched_random_state
 
@@ -26,13 +29,13 @@ class Reading:
     Every read starts from the same random state as the real step, so that mixup in the step mixes the same pairs.
 
     Attributes:
-        x: The input, ``(N, ...)``.
+        x: The input, ``(N, ...)``; several inputs side by side, ``(N, D)``.
         call: The loss call of the last read.
     """
 
     def __init__(self, probe: Probe, route: Route, step: Step, state: RandomState) -> None:
         self._probe, self._route, self._step, self._state = probe, route, step, state
-        self.x: Tensor = get(step.batch, route.input)
+        self.x: Tensor = route.inputs.of(step.batch)
         self.call: LossCall | None = None
         self._draws: bool | None = None  # whether the step draws random numbers before its loss
 
@@ -44,7 +47,16 @@ class Reading:
     @property
     def found(self) -> str:
         """What was found, for the user to check."""
-        return f"input {shown(self._route.input)} {tuple(self.x.shape)}, {self._route.found}"
+        return f"input {self._route.inputs} {tuple(self.x.shape)}, {self._route.found}"
+
+    def threat(self, threat: ThreatModel | JointThreat) -> ThreatModel | JointThreat:
+        """A threat model for what :attr:`x` holds, side by side where it holds several inputs."""
+        return side_by_side(threat, self._route.inputs.shapes(self._step.batch))
+
+    def guarded(self, attack: Any) -> Guarded:
+        """The attack, held to its own threat model on what :attr:`x` holds."""
+        promised = getattr(attack, "threat", None)
+        return guard(attack, None if promised is None else self.threat(promised))
 
     @property
     def y(self) -> Tensor:
@@ -76,7 +88,7 @@ class Reading:
         # Another number of inputs (a probe set, steps of a path integral) travels in a template of that many samples.
         template = self._step.batch if len(x) == len(self.x) else resized(self._step.batch, len(self.x), len(x))
         # Copies, since steps may write into their batch; of x as well, since a leaf must not be written to.
-        batch = rebuilt(template, {self._route.input: x.clone()}, copied)
+        batch = rebuilt(template, self._route.inputs.into(template, x.clone()), copied)
         self.call = self._probe.call(self._step.with_batch(batch), self._route)
         return self.call
 
@@ -99,4 +111,4 @@ class Reading:
 
     def batch_with(self, x: Tensor) -> Any:
         """The batch with ``x`` in the place of the input: new containers, everything else as it was."""
-        return rebuilt(self._step.batch, {self._route.input: x})
+        return rebuilt(self._step.batch, self._route.inputs.into(self._step.batch, x))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.attach.batches import Path, get, leaves, shown
+from lightning_robust.attach.inputs import Inputs
 from lightning_robust.attach.watcher import Followed
 from lightning_robust.losses import LossCall
 
@@ -32,6 +33,8 @@ class Route:
         cast: Whether the step gives its target another shape or type (``y.float().unsqueeze(1)``).
         ignore_index: The class that the loss leaves out.
         differentiable: Whether a gradient reaches the input; else ``input`` is a leaf to count samples by.
+        others: Where further inputs are, if the user named several.
+        integer: Whether the input is integers (uint8 pixels), which the step casts.
     """
 
     step: str
@@ -44,6 +47,13 @@ class Route:
     cast: bool = False
     ignore_index: int = -100
     differentiable: bool = True
+    others: tuple[Path, ...] = ()
+    integer: bool = False
+
+    @property
+    def inputs(self) -> Inputs:
+        """The input as attacks see it."""
+        return Inputs((self.input, *self.others), self.integer)
 
     @property
     def found(self) -> str:
@@ -58,14 +68,21 @@ class Route:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and strings, for checkpoints."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        plain: dict[str, Any] = _mapped(asdict(self), tuple, list)
+        return plain
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Route:
         """The inverse of :meth:`to_dict`."""
         known = {f.name for f in fields(cls)}  # a later version may have written more
-        given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in plain.items() if n in known}
-        return cls(**given)
+        return cls(**_mapped({name: value for name, value in plain.items() if name in known}, list, tuple))
+
+
+def _mapped(node: Any, old: type[Any], new: type[Any]) -> Any:
+    """Nested tuples as lists, or the other way round."""
+    if isinstance(node, dict):
+        return {name: _mapped(child, old, new) for name, child in node.items()}
+    return new(_mapped(child, old, new) for child in node) if isinstance(node, old) else node
 
 
 def call_at(route: Route, output: Tensor, leaf: Any) -> LossCall:

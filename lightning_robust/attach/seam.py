@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.attach.batches import Path, copied, get, rebuilt
+from lightning_robust.attach.batches import Path, copied, rebuilt
+from lightning_robust.attach.inputs import Inputs
 from lightning_robust.attach.patch import patch
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import LossWatcher, is_unheard, unheard
@@ -28,7 +29,7 @@ Feed = Callable[[Step], Any]
 Before = Callable[[Step], None]
 Add = Callable[[Step, LossCall | None, RandomState], Mapping[str, Tensor]]
 Under = Callable[[Step], AbstractContextManager[Any]]
-Track = Callable[[Step], Path]
+Track = Callable[[Step], Inputs]
 
 _SEAM = "_lightning_robust_seam"
 
@@ -47,6 +48,8 @@ class Handle:
     adversary: bool = False
     at: str = "fed"
     by_hand: bool = False
+    watched: bool = True
+    used: bool = False
     _detach: Callable[[Handle], None] | None = None
 
     def detach(self) -> None:
@@ -66,6 +69,7 @@ class _Running:
         self.feeding_by_hand = [h for h in handles if h.by_hand and h.feed is not None and h.add is None]
         self.unused = {handle.owner: handle for handle in handles if handle.by_hand}
         self.asked: Any = None
+        self.pending = [handle for handle in self.adding if not handle.by_hand]
         self.state = RandomState.capture()
         self.constants = _constants(clean.module)
         self.watchers = {handle.loss_index: LossWatcher(handle.loss_index) for handle in self.adding}
@@ -83,10 +87,22 @@ class _Running:
 
         A copy, since steps write into their batch, and what is added reads it once more.
         """
-        paths = {handle.track(self.fed) for handle in self.adding if handle.track and self._step_of(handle) is self.fed}
-        tracked = {path: get(self.fed.batch, path).detach().clone().requires_grad_() for path in paths}
+        batch = self.fed.batch
+        wanted = {
+            handle.track(self.fed) for handle in self.adding if handle.track and self._step_of(handle) is self.fed
+        }
+        tracked = {inputs: inputs.of(batch).detach().clone().requires_grad_() for inputs in wanted}
         self.fed = replace(self.fed, tracked=tracked)
-        return rebuilt(self.fed.batch, {path: leaf.clone() for path, leaf in tracked.items()}, copied)
+        fed: dict[Path, Tensor] = {}
+        for inputs, leaf in tracked.items():
+            places = inputs.into(batch, leaf.clone())
+            if fed.keys() & places.keys():
+                raise RuntimeError(
+                    f"two penalties on {type(self.fed.module).__name__} differentiate by different inputs that overlap "
+                    f"({' / '.join(map(str, tracked))}); give them the same input_key=."
+                )
+            fed |= places
+        return rebuilt(batch, fed, copied)
 
     def perturbed(self, batch: Any) -> Any:
         """What :func:`perturbed` returns, from the random state that the step started from."""
@@ -108,13 +124,20 @@ class _Running:
         self.fed = step
         return self.tracked()
 
-    def added(self, *, by_hand: bool) -> Tensor | float:
+    def backward(self, _module: Any, original: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """In the place of ``manual_backward``: what is added goes into the first call behind the loss it is about."""
+        ready = [h for h in self.pending if not h.watched or self.watchers[h.loss_index].call is not None]
+        self.pending = [handle for handle in self.pending if handle not in ready]
+        return original(loss + self.added(ready), *args, **kwargs)
+
+    def added(self, handles: list[Handle]) -> Tensor | float:
         """The sum of what handles add."""
         total: Tensor | float = 0.0
         with unheard():
-            for handle in self.adding:
-                if handle.add is None or handle.by_hand is not by_hand:
+            for handle in handles:
+                if handle.add is None:
                     continue
+                handle.used = True
                 step, call = self._step_of(handle), self.watchers[handle.loss_index].call
                 for term in handle.add(step, call if step is self.fed else None, self.state).values():
                     total = total + term
@@ -159,6 +182,7 @@ def install(
     adversary: bool = False,
     at: str = "fed",
     by_hand: bool = False,
+    watched: bool = True,
 ) -> Handle:
     """Attach to the ``training_step`` of one module instance.
 
@@ -172,10 +196,12 @@ def install(
             that the step started from.
         under: ``(step) -> context manager``: entered before the step, left after its backward pass
             (:func:`leave_weights`).
-        track: ``(step) -> path``: the input that ``add`` differentiates by. It then finds its leaf, part of the graph
+        track: ``(step) -> inputs``: the input that ``add`` differentiates by. It then finds its leaf, part of the graph
             of the loss call, in ``step.tracked``.
         loss_index: Which loss call of the step ``add`` is about.
         adversary: Whether ``before`` crafts; who feeds always does. A step has one adversary.
+        watched: Whether ``add`` is about a loss call that can be seen. Under manual optimisation it is added in the
+            first ``manual_backward`` behind that call; else in the first of the step.
         at: ``"fed"``, or ``"clean"`` where ``add`` is about the batch before it was fed (it is then given no loss
             call).
         by_hand: The step itself asks for the batch that it is fed (:func:`perturbed`) and for what is added
@@ -185,7 +211,7 @@ def install(
         A handle; ``detach()`` ends it.
 
     Raises:
-        RuntimeError: If two callbacks attack the step, or a penalty meets manual optimisation.
+        RuntimeError: If two callbacks attack the step.
     """
     seam: _Seam = vars(module).get(_SEAM) or _Seam()
     if adversary or feed is not None:
@@ -195,17 +221,21 @@ def install(
                     f"{owner} and {other.owner} both want to attack {type(module).__name__}.training_step; one step "
                     f"has one adversary. Keep one of them."
                 )
-    if add is not None and not by_hand and not getattr(module, "automatic_optimization", True):
-        raise RuntimeError(
-            f"{owner} adds a term to the loss, but {type(module).__name__} uses manual optimisation, where the step "
-            "calls backward itself. Use a method that only feeds the step (e.g. method='madry'), automatic "
-            "optimisation, or let the step ask for the term: RobustTrainingMixin with by_hand = True."
-        )
     if seam.undo is None:
         seam.undo = patch(module, "training_step", _dispatch)
         vars(module)[_SEAM] = seam
     handle = Handle(
-        owner, feed, before, add, under, track, loss_index, adversary or feed is not None, at=at, by_hand=by_hand
+        owner,
+        feed,
+        before,
+        add,
+        under,
+        track,
+        loss_index,
+        adversary or feed is not None,
+        at=at,
+        by_hand=by_hand,
+        watched=watched,
     )
     seam.handles.append(handle)
 
@@ -240,7 +270,7 @@ def robust_loss(module: nn.Module, loss: Tensor) -> Tensor:
     seam: _Seam | None = vars(module).get(_SEAM)
     if seam is None or seam.running is None or is_unheard():
         return loss
-    return loss + seam.running.added(by_hand=True)
+    return loss + seam.running.added([handle for handle in seam.running.adding if handle.by_hand])
 
 
 def _dispatch(self: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -282,20 +312,36 @@ def _run_and_add(seam: _Seam, clean: Step, fed: Step, handles: list[Handle]) -> 
     if not any(handle.add is not None or handle.by_hand for handle in handles):
         return fed.run()
     running = seam.running = _Running(clean, fed, handles)
-    try:
+    automatic = getattr(fed.module, "automatic_optimization", True)
+    with ExitStack() as ended:
+        ended.callback(setattr, seam, "running", None)
+        if running.pending and not automatic:
+            ended.callback(patch(fed.module, "manual_backward", running.backward))
         output = running.run()
-    finally:
-        seam.running = None
-    skipped = output is None and getattr(fed.module, "automatic_optimization", True)
+    if not automatic:
+        _check_pending(running)
+    skipped = output is None and automatic
     for owner, handle in () if skipped else running.unused.items():
         missing = "self.perturbed(batch)" if handle.add is None else "self.robust_loss(loss)"
         raise RuntimeError(
             f"{owner}: {type(fed.module).__name__} says that its training_step does this by hand (by_hand = True), but "
             f"the step did not call {missing}."
         )
-    total = 0.0 if output is None else running.added(by_hand=False)
+    total = 0.0 if output is None or not automatic else running.added(running.pending)
     running.end()
     return None if output is None else _plus(output, total)
+
+
+def _check_pending(running: _Running) -> None:
+    for handle in running.pending:
+        seen = not handle.watched or running.watchers[handle.loss_index].call is not None
+        if seen and not handle.used:  # once it was added, a step without a backward pass is one that was skipped
+            raise RuntimeError(
+                f"{handle.owner} adds a term to the loss, and {type(running.fed.module).__name__}.training_step "
+                "(manual optimisation) called no self.manual_backward(loss) behind its loss. Call that instead of "
+                "loss.backward(), use a method that only feeds the step (method='madry'), or let the step ask for the "
+                "term: RobustTrainingMixin with by_hand = True."
+            )
 
 
 def _constants(module: nn.Module) -> list[tuple[dict[str, Any], str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_robust.attach.batches import Path
+from lightning_robust.attach.inputs import Inputs
 from lightning_robust.attach.patch import unpatched
 
 __all__ = ["Step", "defines"]
@@ -26,14 +26,14 @@ class Step:
         name: The step's name.
         function: The user's own function, bound; never our wrapper.
         args: What Lightning passes: the batch and, if the step takes them, its indices.
-        tracked: Inputs by their place in the batch, as leaves of the graph that the step built.
+        tracked: Inputs by where they are in the batch, as leaves of the graph that the step built.
     """
 
     module: nn.Module
     name: str
     function: Callable[..., Any]
     args: tuple[Any, ...]
-    tracked: Mapping[Path, Tensor] = field(default_factory=dict)
+    tracked: Mapping[Inputs, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: nn.Module, name: str, *args: Any) -> Step:

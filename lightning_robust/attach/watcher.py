@@ -24,6 +24,7 @@ __all__ = [
     "UNSCALED",
     "Followed",
     "LossWatcher",
+    "NoLossError",
     "ProbeError",
     "Stop",
     "is_unheard",
@@ -65,6 +66,18 @@ class ProbeError(RuntimeError):
     """A step could not be read; the message says what was found and which argument helps."""
 
 
+class NoLossError(ProbeError):
+    """A step called no loss that can be read.
+
+    Attributes:
+        candidate: What the step last put through a softmax or sigmoid; a hand-written loss has its logits there.
+    """
+
+    def __init__(self, message: str, candidate: Tensor | None = None) -> None:
+        super().__init__(message)
+        self.candidate = candidate
+
+
 class Stop(BaseException):
     """Ends a step where its logits are known. Not an Exception: user code that catches those must not see it."""
 
@@ -88,6 +101,7 @@ class LossWatcher(TorchFunctionMode):
         self.count = 0
         self.call: LossCall | None = None
         self.hint: str | None = None
+        self.candidate: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -101,6 +115,7 @@ class LossWatcher(TorchFunctionMode):
                     raise Stop
             self.count += 1
         elif func in _SQUASHING and args and isinstance(args[0], Tensor):
+            self.candidate = args[0]
             self.hint = f"{getattr(func, '__name__', 'a softmax')} of a tensor {tuple(args[0].shape)} {_place()}"
         elif func in _TO_PYTHON and args:
             args = (args[0].detach(), *args[1:])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_robust.attacks.joint import JointThreat
 from lightning_robust.attacks.threat import ThreatModel
 from lightning_robust.modes import gradients
 from lightning_robust.protocols import LogitsFn
@@ -27,7 +28,7 @@ class Guarded:
     """See :func:`guard`."""
 
     attack: Any
-    threat: ThreatModel | None = None
+    threat: ThreatModel | JointThreat | None = None
     reach: float | None = None
 
     def __call__(self, logits_fn: LogitsFn, x: Tensor, y: Tensor, *, generator: Noise = None) -> Tensor:
@@ -86,7 +87,7 @@ def _seed_from(generator: Noise, like: Tensor) -> int:
     return int(drawn.double().sum() * 2**40) % 2**62
 
 
-def guard(attack: Any, threat: ThreatModel | None = None, reach: float | None = None) -> Guarded:
+def guard(attack: Any, threat: ThreatModel | JointThreat | None = None, reach: float | None = None) -> Guarded:
     """Fence an attack, ours or anybody's ``(logits_fn, x, y) -> x_adv``.
 
     The attack runs outside inference mode, on copies where the originals cannot be differentiated, and on random

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal, get_args
 
+from lightning_robust.attacks.joint import JointThreat
 from lightning_robust.attacks.n_fgsm import NFGSM
 from lightning_robust.attacks.pgd import PGD
 from lightning_robust.attacks.threat import ThreatModel
@@ -34,7 +35,7 @@ def attack_for(method: Method, attack: Any) -> Any:
         TypeError: If ``attack`` is no attack.
     """
     if method == "n-fgsm":
-        if isinstance(attack, ThreatModel):
+        if isinstance(attack, (ThreatModel, JointThreat)):
             return NFGSM(attack)
         if isinstance(attack, NFGSM):
             return attack
@@ -42,7 +43,7 @@ def attack_for(method: Method, attack: Any) -> Any:
             f"method='n-fgsm' brings its own attack: give a ThreatModel (or NFGSM with its settings), got "
             f"{name_of(attack)}."
         )
-    if isinstance(attack, ThreatModel):
+    if isinstance(attack, (ThreatModel, JointThreat)):
         return PGD(attack, steps=10)
     if method == "trades":
         if not isinstance(attack, PGD):
@@ -67,8 +68,10 @@ def name_of(attack: Any) -> str:
     return str(getattr(attack, "name", None) or getattr(attack, "__name__", None) or type(attack).__name__)
 
 
-def in_model_units(threat: ThreatModel) -> str:
+def in_model_units(threat: ThreatModel | JointThreat) -> str:
     """The radius as the model sees it, where that differs from pixels."""
+    if isinstance(threat, JointThreat):
+        return ", ".join(filter(None, map(in_model_units, threat.threats)))
     std = threat.pixels.std
     if not threat.pixels.normalises or threat.norm != "linf":
         return ""

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_robust.attacks.joint import JointThreat
 from lightning_robust.attacks.objectives import cross_entropy, input_gradient
 from lightning_robust.attacks.threat import ThreatModel
 from lightning_robust.modes import gradients
 from lightning_robust.pixels import clamped
 from lightning_robust.protocols import LogitsFn
-from lightning_robust.randomness import Noise, uniform
+from lightning_robust.randomness import Noise
 
 __all__ = ["NFGSM"]
 
@@ -47,7 +48,7 @@ class NFGSM:
         <https://arxiv.org/abs/2202.01181>`_, 2022, algorithm 1.
     """
 
-    threat: ThreatModel
+    threat: ThreatModel | JointThreat
     noise: float = 2.0
     step: float = 1.0
     objective: Callable[..., Any] | None = None
@@ -82,7 +83,6 @@ class NFGSM:
                 space.check(x)
             clean = space.to_pixels(x)
             box = space.box(clean)
-            eta = (2 * uniform(clean, generator) - 1) * (self.noise * eps)
-            noisy = clamped(clean + eta, box)
+            noisy = clamped(clean + self.noise * self.threat.noise(clean, generator), box)
             gradient = input_gradient(self.objective or cross_entropy, logits_fn, space, noisy, y, like=x)
-            return space.to_model(clamped(noisy + self.step * eps * gradient.sign(), box), x.dtype)
+            return space.to_model(clamped(noisy + self.step * eps * self.threat.steepest(gradient), box), x.dtype)

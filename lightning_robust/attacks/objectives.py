@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_robust.pixels import PixelSpace
+from lightning_robust.pixels import ModelUnits
 from lightning_robust.protocols import LogitsFn, Objective
 
 __all__ = ["cross_entropy", "input_gradient", "margin", "margin_of"]
@@ -68,7 +68,7 @@ def margin_of(objective: Objective) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def input_gradient(
-    objective: Objective, logits_fn: LogitsFn, space: PixelSpace, pixels: Tensor, y: Tensor, like: Tensor
+    objective: Objective, logits_fn: LogitsFn, space: ModelUnits, pixels: Tensor, y: Tensor, like: Tensor
 ) -> Tensor:
     """Gradient of the summed per-sample objective with respect to ``pixels``.
 

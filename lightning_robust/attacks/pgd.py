@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_robust.attacks.joint import JointThreat
 from lightning_robust.attacks.objectives import cross_entropy, input_gradient, margin_of
 from lightning_robust.attacks.threat import ThreatModel
 from lightning_robust.modes import gradients
@@ -28,7 +29,7 @@ class PGD:
     start is FGSM.
 
     Args:
-        threat: The ball and the pixel space.
+        threat: The ball and the pixel space; for several inputs one for all of them, or a :class:`JointThreat`.
         steps: Gradient steps a start.
         step_size: In pixel units. ``None``: ``2.5 * eps / steps``, which can reach the far side of the ball.
         restarts: Independent starts; of their results the one with the largest margin is kept, sample by sample.
@@ -55,7 +56,7 @@ class PGD:
         Adversarial Examples <https://arxiv.org/abs/1412.6572>`_, 2015 (FGSM).
     """
 
-    threat: ThreatModel
+    threat: ThreatModel | JointThreat
     steps: int = 10
     step_size: float | None = None
     restarts: int = 1

@@ -56,17 +56,23 @@ class ThreatModel:
         """The same threat with ``fraction`` of the radius."""
         return replace(self, eps=self.eps * fraction)
 
+    def widened(self) -> ThreatModel:
+        """The same threat for inputs that may overshoot the bounds: each such value keeps its own, wider bound."""
+        return replace(self, pixels=replace(self.pixels, outside="widen"))
+
+    def noise(self, clean: Tensor, noise: Noise = None) -> Tensor:
+        """A uniformly distributed point of a ball around zero for each sample of ``clean``."""
+        if self.norm == "linf":
+            return (2 * uniform(clean, noise) - 1) * self.eps
+        # Uniform in a d-ball: a uniform direction at radius eps * U^(1/d).
+        direction = self.steepest(normal(clean, noise))
+        # One radius a sample, drawn as a batch of scalars so that per-sample generators serve here too.
+        radius = uniform(clean.flatten(1)[:, :1], noise) ** (1 / max(clean[0].numel(), 1))
+        return direction * _per_sample(radius, clean) * self.eps
+
     def random_start(self, clean: Tensor, box: Box, noise: Noise = None) -> Tensor:
         """A uniformly distributed point of each ball, moved into the box."""
-        if self.norm == "linf":
-            delta = (2 * uniform(clean, noise) - 1) * self.eps
-        else:
-            # Uniform in a d-ball: a uniform direction at radius eps * U^(1/d).
-            direction = self.steepest(normal(clean, noise))
-            # One radius a sample, drawn as a batch of scalars so that per-sample generators serve here too.
-            radius = uniform(clean.flatten(1)[:, :1], noise) ** (1 / max(clean[0].numel(), 1))
-            delta = direction * _per_sample(radius, clean) * self.eps
-        return clamped(clean + delta, box)
+        return clamped(clean + self.noise(clean, noise), box)
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """The unit step that climbs ``gradient`` fastest in this norm; zero where the gradient is zero."""

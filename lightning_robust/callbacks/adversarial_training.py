@@ -12,18 +12,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_robust.attach.base import RobustCallback
-from lightning_robust.attach.batches import rebuilt
+from lightning_robust.attach.batches import InputKey, Key, rebuilt
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.reading import Reading
 from lightning_robust.attach.route import Route
 from lightning_robust.attach.seam import install
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import ProbeError
-from lightning_robust.attacks import NFGSM, PGD, ThreatModel, guard
+from lightning_robust.attacks import NFGSM, PGD, JointThreat, ThreatModel
 from lightning_robust.attacks.methods import attack_for, in_model_units, method_named, name_of
 from lightning_robust.losses import LossCall
 from lightning_robust.penalties import kl_divergence
-from lightning_robust.pixels import PixelSpace
 from lightning_robust.randomness import RandomState, seeded
 
 __all__ = ["AdversarialTraining"]
@@ -60,7 +59,7 @@ class AdversarialTraining(RobustCallback):
         craft_mode: ``"eval"`` crafts with BatchNorm and dropout as in evaluation (usual, 19 % cheaper); ``"train"``
             leaves every module's flag as it is. Running statistics never move while crafting.
         seed: Of the attack's own random numbers; they are a function of (seed, rank, step).
-        input_key: Where in the batch the input is, if it cannot be told.
+        input_key: Where in the batch the input is, if it cannot be told; a list for several inputs.
         target_key: Where the target is, if the loss cannot be read.
         logits_fn: ``(module, batch) -> logits`` for hand-written losses; needs ``target_key``.
         loss_index: Which loss call of the step is attacked, 0 for the first.
@@ -85,15 +84,15 @@ class AdversarialTraining(RobustCallback):
 
     def __init__(
         self,
-        attack: PGD | NFGSM | ThreatModel | Callable[..., Any],
+        attack: PGD | NFGSM | ThreatModel | JointThreat | Callable[..., Any],
         method: str = "madry",
         *,
         beta: float | None = None,
         warmup_epochs: float = 0.0,
         craft_mode: str = "eval",
         seed: int = 0,
-        input_key: str | int | tuple[str | int, ...] | None = None,
-        target_key: str | int | tuple[str | int, ...] | None = None,
+        input_key: InputKey | None = None,
+        target_key: Key | None = None,
         logits_fn: Callable[..., Any] | None = None,
         loss_index: int = 0,
         name: str | None = None,
@@ -109,7 +108,7 @@ class AdversarialTraining(RobustCallback):
             raise ValueError(f"craft_mode= must be 'eval' or 'train', got {craft_mode!r}.")
         if warmup_epochs < 0 or (beta is not None and beta < 0):
             raise ValueError(f"warmup_epochs= and beta= must not be negative, got {warmup_epochs} and {beta}.")
-        self.threat: ThreatModel | None = getattr(self.attack, "threat", None)
+        self.threat: ThreatModel | JointThreat | None = getattr(self.attack, "threat", None)
         if warmup_epochs and self.threat is None:
             raise ValueError(
                 f"warmup_epochs= scales the threat model of an attack, but {name_of(self.attack)} has no `threat`."
@@ -139,6 +138,7 @@ class AdversarialTraining(RobustCallback):
                 str(self),
                 before=self._craft_once,
                 add=self._divergence,
+                watched=self.probe.logits_fn is None,
                 loss_index=loss_index,
                 adversary=True,
                 by_hand=self.by_hand,
@@ -162,7 +162,7 @@ class AdversarialTraining(RobustCallback):
     def _fed(self, step: Step) -> Any:
         self._craft_once(step)
         # A copy: the step may write into its batch, and LBFGS calls it again with the same perturbation.
-        return rebuilt(step.batch, {self._route(step).input: self._perturbed().clone()})
+        return rebuilt(step.batch, self._route(step).inputs.into(step.batch, self._perturbed().clone()))
 
     def _craft_once(self, step: Step) -> None:
         if self._crafted is not None:
@@ -172,16 +172,16 @@ class AdversarialTraining(RobustCallback):
                 self._first_batch(step, reading)
             attack = self._attack_now(reading)
             keys = (self.seed, self._trainer.global_rank, self._trainer.global_step, self._batch_idx)
-            self._crafted = guard(attack)(reading.logits, reading.x, reading.y, generator=seeded(*keys))
+            self._crafted = reading.guarded(attack)(reading.logits, reading.x, reading.y, generator=seeded(*keys))
         if self.threat is not None:
-            self._count_outside(step, self.threat.pixels, reading.x)
+            self._count_outside(step, reading.threat(self.threat).pixels, reading.x)
 
     def _attack_now(self, reading: Reading) -> Any:
         attack = self.attack
         if self.threat is not None and isinstance(attack, (PGD, NFGSM)):
             fraction = self._eps_fraction()
             # The first batch was inside the bounds; later ones may overshoot (augmentation) and are counted.
-            threat = replace(self.threat.scaled(fraction), pixels=replace(self.threat.pixels, outside="widen"))
+            threat = reading.threat(self.threat).scaled(fraction).widened()
             attack = replace(attack, threat=threat)
             if isinstance(attack, PGD) and attack.step_size is not None:
                 attack = replace(attack, step_size=max(attack.step_size * fraction, 1e-12))
@@ -243,7 +243,7 @@ class AdversarialTraining(RobustCallback):
     def _first_batch(self, step: Step, reading: Reading) -> None:
         self._checked = True
         if self.threat is not None:
-            self.threat.pixels.check(reading.x)
+            reading.threat(self.threat).pixels.check(reading.x)
         lines = [
             f"{self}: {name_of(self.attack)}, {reading.found}",
             self._cost(step.module),
@@ -266,7 +266,7 @@ class AdversarialTraining(RobustCallback):
         multiple = 1 + STEP_COST * steps + (1.2 if self.method == "trades" else 0)
         return f"about {multiple:.1f} times the cost of a clean step{batch_norm}"
 
-    def _count_outside(self, step: Step, space: PixelSpace, x: Tensor) -> None:
+    def _count_outside(self, step: Step, space: Any, x: Tensor) -> None:
         outside = space.count_outside(x)
         if not outside:
             return

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_robust.attach.base import show_image
+from lightning_robust.attach.batches import Key
 from lightning_robust.attach.listener import Heard
 from lightning_robust.attach.monitor import Monitor, suffixes
 from lightning_robust.attach.probe import Probe
@@ -53,7 +54,7 @@ class CalibrationMonitor(Monitor):
         bins: int = 15,
         stages: Sequence[str] = ("val", "test"),
         diagram: bool = True,
-        target_key: str | int | tuple[str | int, ...] | None = None,
+        target_key: Key | None = None,
         logits_fn: Callable[..., Any] | None = None,
         loss_index: int = 0,
         name: str | None = None,

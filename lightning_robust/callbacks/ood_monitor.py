@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from lightning_robust.attach.batches import Path, described, get, leaves, rebuilt, resized
+from lightning_robust.attach.batches import Key, Path, described, get, leaves, rebuilt, resized
 from lightning_robust.attach.listener import Heard, step_context
 from lightning_robust.attach.loaders import own_batches, size_of, transferred, true_length
 from lightning_robust.attach.monitor import Monitor
@@ -82,8 +82,8 @@ class OODMonitor(Monitor):
         stages: Sequence[str] = ("val", "test"),
         pixels: PixelSpace | None = None,
         seed: int = 0,
-        input_key: str | int | tuple[str | int, ...] | None = None,
-        target_key: str | int | tuple[str | int, ...] | None = None,
+        input_key: Key | None = None,
+        target_key: Key | None = None,
         logits_fn: Callable[..., Any] | None = None,
         loss_index: int = 0,
         name: str | None = None,
@@ -207,7 +207,9 @@ class OODMonitor(Monitor):
         rows = [(path, x) for path, x in leaves(step.batch) if isinstance(x, Tensor) and x.ndim and len(x) == n]
         fits = [(path, x) for path, x in rows if path != route.target]
         largest = max(fits, key=lambda row: row[1].ndim, default=(route.input, None))[0]  # of several, the first
-        self.probe.routes[step.name] = replace(route, input=self.probe.input_path or largest)
+        self.probe.routes[step.name] = replace(
+            route, input=self.probe.input_paths[0] if self.probe.input_paths else largest
+        )
 
     def _loader(self, source: Any, batch_size: int) -> Iterable[Any]:
         if isinstance(source, IterableDataset):

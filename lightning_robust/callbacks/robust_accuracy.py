@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from lightning_robust.attach.base import show_image
+from lightning_robust.attach.batches import InputKey, Key
 from lightning_robust.attach.checkpoint import pack_bits
 from lightning_robust.attach.listener import step_context
 from lightning_robust.attach.loaders import evaluation_loaders
@@ -20,7 +21,7 @@ from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.reading import Reading
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import ProbeError
-from lightning_robust.attacks import NFGSM, PGD, guard
+from lightning_robust.attacks import NFGSM, PGD
 from lightning_robust.losses import LossCall
 from lightning_robust.metrics import SampleScores
 from lightning_robust.pictures import attack_strips
@@ -51,7 +52,7 @@ class RobustAccuracy(Monitor):
             for selection and a strong one for the report are two callbacks with one stage each.
         examples: Rows of the example picture in TensorBoard; 0 for none.
         seed: Of the attacks' random starts.
-        input_key: Where in the batch the input is, if it cannot be told.
+        input_key: Where in the batch the input is, if it cannot be told; a list for several inputs.
         target_key: Where the target is, if no loss tells.
         logits_fn: ``(module, batch) -> logits`` where no loss can be read; needs ``target_key``.
         loss_index: Which loss call of the step is read, 0 for the first.
@@ -78,8 +79,8 @@ class RobustAccuracy(Monitor):
         stages: Sequence[str] = ("val", "test"),
         examples: int = 6,
         seed: int = 0,
-        input_key: str | int | tuple[str | int, ...] | None = None,
-        target_key: str | int | tuple[str | int, ...] | None = None,
+        input_key: InputKey | None = None,
+        target_key: Key | None = None,
         logits_fn: Callable[..., Any] | None = None,
         loss_index: int = 0,
         name: str | None = None,
@@ -145,12 +146,13 @@ class RobustAccuracy(Monitor):
         scores.add_clean(kept, clean.correct().cpu()[keep], reading.x[keep.to(reading.x.device)])
         for name, attack in self.attacks.items():
             if isinstance(attack, (PGD, NFGSM)):
-                space = replace(attack.threat.pixels, outside="widen")
                 attack = replace(
-                    attack, threat=replace(attack.threat, pixels=space), objective=attack.objective or reading
+                    attack,
+                    threat=reading.threat(attack.threat).widened(),
+                    objective=attack.objective or reading,
                 )
             noise = [seeded(self.seed, int(i)) for i in index]
-            perturbed = guard(attack)(reading.logits, reading.x, clean.target, generator=noise)
+            perturbed = reading.guarded(attack)(reading.logits, reading.x, clean.target, generator=noise)
             with torch.no_grad():
                 attacked = reading.read(perturbed)
             scores.add_attack(name, kept, attacked.correct().cpu()[keep])
@@ -220,7 +222,7 @@ class RobustAccuracy(Monitor):
         self._checked = True
         for attack in self.attacks.values():
             if hasattr(attack, "threat"):
-                attack.threat.pixels.check(reading.x)
+                reading.threat(attack.threat).pixels.check(reading.x)
         self.say(
             trainer,
             f"RobustAccuracy: {', '.join(self.attacks)} on the first {self.max_samples} samples of each loader; "

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_robust.attach.base import RobustCallback
-from lightning_robust.attach.batches import Path, as_path, get
+from lightning_robust.attach.batches import InputKey, Key, Path, as_path, get
+from lightning_robust.attach.inputs import Inputs
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.seam import install
 from lightning_robust.attach.step import Step
@@ -45,7 +46,7 @@ class SaliencyRegularization(RobustCallback):
         at: ``"fed"``: at the batch that the step gets. ``"clean"``: at the batch as it was (one more forward where an
             attack feeds the step).
         warmup_epochs: The weight grows linearly from 0 over so many epochs, in each step a little.
-        input_key: Where in the batch the input is, if it cannot be told.
+        input_key: Where in the batch the input is, if it cannot be told; a list for several inputs.
         target_key: Where the target is, if the loss cannot be read.
         logits_fn: ``(module, batch) -> logits`` for hand-written losses; needs ``target_key``.
         loss_index: Which loss call of the step is meant, 0 for the first.
@@ -74,8 +75,8 @@ class SaliencyRegularization(RobustCallback):
         *,
         at: str = "fed",
         warmup_epochs: float = 0.0,
-        input_key: str | int | tuple[str | int, ...] | None = None,
-        target_key: str | int | tuple[str | int, ...] | None = None,
+        input_key: InputKey | None = None,
+        target_key: Key | None = None,
         logits_fn: Callable[..., Any] | None = None,
         loss_index: int = 0,
         name: str | None = None,
@@ -134,6 +135,7 @@ class SaliencyRegularization(RobustCallback):
             str(self),
             add=self._add,
             track=self._input if self._reuse and self.probe.logits_fn is None else None,
+            watched=self.probe.logits_fn is None,
             loss_index=self.probe.loss_index,
             at=self.at,
             by_hand=self.by_hand,
@@ -149,15 +151,15 @@ class SaliencyRegularization(RobustCallback):
 
     # -- what ----------------------------------------------------------------------------------------------------
 
-    def _input(self, step: Step) -> Path:
-        return self.probe.route(step).input
+    def _input(self, step: Step) -> Inputs:
+        return self.probe.route(step).inputs
 
     def _add(self, step: Step, call: LossCall | None, state: RandomState) -> Mapping[str, Tensor]:
         if not self._checked:
             self._first_batch(step, state)
         weight = self.weight * self._warm()
         value = weight * self._value(step, call, state)
-        rows = len(get(step.batch, self._input(step)))
+        rows = len(self._input(step).of(step.batch))
         for metric, logged in {self.penalty_name: value.detach(), f"{self.penalty_name}_weight": weight}.items():
             step.module.log(self.key("train", metric), logged, on_step=False, on_epoch=True, batch_size=rows)  # type: ignore[operator]  # a LightningModule
         return {self.penalty_name: value}

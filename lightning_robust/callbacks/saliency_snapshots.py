@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.attach.base import show_image
+from lightning_robust.attach.batches import Key
 from lightning_robust.attach.listener import Heard, step_context
 from lightning_robust.attach.monitor import Monitor
 from lightning_robust.attach.probe import Probe
@@ -77,8 +78,8 @@ class SaliencySnapshots(Monitor):
         classes: Sequence[str] | None = None,
         stages: Sequence[str] = ("val",),
         seed: int = 0,
-        input_key: str | int | tuple[str | int, ...] | None = None,
-        target_key: str | int | tuple[str | int, ...] | None = None,
+        input_key: Key | None = None,
+        target_key: Key | None = None,
         logits_fn: Callable[..., Any] | None = None,
         loss_index: int = 0,
         name: str | None = None,

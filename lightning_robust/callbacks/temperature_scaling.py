@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_robust._version import __version__
+from lightning_robust.attach.batches import Key
 from lightning_robust.attach.checkpoint import rewrite
 from lightning_robust.attach.listener import Heard
 from lightning_robust.attach.monitor import Monitor, suffixes
@@ -80,7 +81,7 @@ class TemperatureScaling(Monitor):
         max_samples: int = 50_000,
         bins: int = 15,
         seed: int = 0,
-        target_key: str | int | tuple[str | int, ...] | None = None,
+        target_key: Key | None = None,
         logits_fn: Callable[..., Any] | None = None,
         loss_index: int = 0,
         name: str | None = None,

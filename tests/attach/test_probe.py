@@ -189,14 +189,13 @@ class ManualWithTwoLosses(zoo.ManualOptimisation):
 LISTED = zoo.ListBatch.batch(4)
 UNREADABLE: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
     "token ids": (Tokens, {"ids": torch.ones(4, 5).long()}, {}, ["no floating-point input", "ids", "Token"]),
-    "integer images": (
-        zoo.ListBatch,
-        [torch.zeros(4, 1, 8, 8, dtype=torch.uint8), zoo.labels(4)],
-        {},
-        ["uint8 (4, 1, 8, 8)", "cast"],
-    ),
     "a frozen backbone": (FrozenBackbone, LISTED, {}, ["no gradient reaches", "no_grad"]),
-    "two inputs": (TwoInputs, TwoInputs.batch(4), {}, ["batch['left'], batch['right']", "input_key='left'"]),
+    "two inputs": (
+        TwoInputs,
+        TwoInputs.batch(4),
+        {},
+        ["batch['left'], batch['right']", "input_key='left'", "input_key=['left', 'right']"],
+    ),
     "an iterator": (zoo.ListBatch, iter([1]), {}, ["iterator", "dataloader_iter"]),
     "a hand-written loss": (
         HandWrittenLoss,
@@ -205,7 +204,13 @@ UNREADABLE: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
         ["logits_fn=", "log_softmax", "(4, 10)", "training_step (test_probe.py"],
     ),
     "loss_index too large": (zoo.ListBatch, LISTED, {"loss_index": 2}, ["loss_index=2", "only 1"]),
-    "input_key of a label": (zoo.ListBatch, LISTED, {"input_key": 1}, ["batch[1]", "no floating-point"]),
+    "input_key of a label": (zoo.ListBatch, LISTED, {"input_key": 1}, ["do not depend on batch[1]", "batch[0]"]),
+    "input_key of a mask": (
+        zoo.ListBatch,
+        [*LISTED, torch.ones(4) > 0],
+        {"input_key": 2},
+        ["batch[2]", "no tensor of"],
+    ),
     "reading past a backward": (ManualWithTwoLosses, LISTED, {"loss_index": 1}, ["manual_backward", "logits_fn="]),
 }
 

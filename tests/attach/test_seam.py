@@ -15,6 +15,7 @@ import torch
 import zoo
 from torch.nn import functional as F
 
+from lightning_robust.attach.inputs import Inputs
 from lightning_robust.attach.seam import install, leave_weights, perturbed, robust_loss
 from lightning_robust.attach.step import Step
 
@@ -169,8 +170,11 @@ def test_gradients_are_those_of_the_other_weights_and_the_optimizer_moves_the_re
 # -- what is added may know the step's input -------------------------------------------------------------------------
 
 
-def first(step: Step) -> tuple[int]:
-    return (0,)
+FIRST = Inputs(((0,),))
+
+
+def first(step: Step) -> Inputs:
+    return FIRST
 
 
 class Squares(zoo.Shape):
@@ -202,7 +206,7 @@ class Slope:
 
     def __call__(self, step: Step, call: Any, state: Any) -> dict[str, torch.Tensor]:
         self.given.append((step, call))
-        leaf = step.tracked.get((0,)) if call is not None else None
+        leaf = step.tracked.get(FIRST) if call is not None else None
         if leaf is None:
             leaf = step.batch[0].clone().requires_grad_()
         logits = step.module.net(leaf) if call is None else call.logits
@@ -216,7 +220,7 @@ def test_a_tracked_input_is_the_leaf_of_the_loss_call_that_the_step_made() -> No
     batch = [torch.full((1, 1), 3.0)]
     loss = module.training_step(batch, 0)
     ((step, call),) = slope.given
-    leaf = step.tracked[(0,)]
+    leaf = step.tracked[FIRST]
     assert leaf.is_leaf
     assert leaf.requires_grad
     assert torch.equal(leaf, batch[0])
@@ -267,7 +271,7 @@ def test_at_clean_where_nothing_is_fed_is_the_step_itself() -> None:
     module.training_step([torch.ones(1, 1)], 0)
     ((step, call),) = clean.given
     assert float(call.logits.detach()) == 2
-    assert (0,) in step.tracked
+    assert FIRST in step.tracked
 
 
 def test_the_order_of_those_who_add_and_feed_means_nothing() -> None:
@@ -301,7 +305,7 @@ def test_a_step_that_writes_into_its_batch_writes_into_a_copy() -> None:
     loss = module.training_step(batch, 0)
     ((step, _),) = slope.given
     assert batch == [torch.full((1, 1), 3.0)]
-    assert torch.equal(step.tracked[(0,)], batch[0])
+    assert torch.equal(step.tracked[FIRST], batch[0])
     assert float(loss.detach()) == (2 * 30) ** 2 + (10 * 2) ** 2 / 2
 
 

@@ -297,13 +297,6 @@ def test_two_adversaries_on_one_step_are_refused_before_training(first: str, sec
     assert "training_step" not in vars(module)
 
 
-def test_a_penalty_under_manual_optimisation_is_refused_before_training() -> None:
-    trainer = zoo.trainer(callbacks=[AdversarialTraining(THREAT, "trades")])
-    with pytest.raises(RuntimeError, match="manual optimisation"):
-        trainer.fit(zoo.built(zoo.ManualOptimisation), zoo.loader(zoo.ManualOptimisation))
-    assert trainer.global_step == 0
-
-
 def test_any_callable_is_an_attack_and_is_held_to_its_threat() -> None:
     class Brighten:
         threat = THREAT

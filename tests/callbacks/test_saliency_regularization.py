@@ -473,11 +473,45 @@ def test_a_hand_written_loss_needs_to_be_told_and_trains_the_same_weights() -> N
         fitted(HandWritten, penalised())
 
 
-def test_manual_optimisation_is_refused_before_training() -> None:
-    trainer = zoo.trainer(callbacks=[penalised()])
-    with pytest.raises(RuntimeError, match=r"SaliencyRegularization\(input_gradient\) adds .* manual optimisation"):
-        trainer.fit(zoo.built(zoo.ManualOptimisation), zoo.loader(zoo.ManualOptimisation))
-    assert trainer.global_step == 0
+class TwoBackwards(zoo.ManualOptimisation):
+    """A backward pass for the loss that the penalty is about, and another one behind it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self.net(x), y))
+        self.manual_backward(0.02 * sum(p.pow(2).sum() for p in self.parameters()))
+        optimizer.step()
+
+
+class OneBackward(zoo.ManualOptimisation):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self.net(x), y) + 0.02 * sum(p.pow(2).sum() for p in self.parameters()))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_of_several_backward_passes_the_penalty_goes_into_the_first_behind_its_loss(method: str) -> None:
+    several, one = fitted(TwoBackwards, penalised(method)), fitted(OneBackward, penalised(method))
+    torch.testing.assert_close(flat(several), flat(one), rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(flat(one), flat(fitted(OneBackward)), rtol=1e-4)
+
+
+class BareBackward(zoo.ManualOptimisation):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        F.cross_entropy(self.net(batch[0]), batch[1]).backward()
+        optimizer.step()
+
+
+def test_a_backward_pass_that_goes_past_lightning_is_an_error_in_the_first_step() -> None:
+    with pytest.raises(RuntimeError, match=r"SaliencyRegularization\(input_gradient\) adds .*instead of loss.backward"):
+        fitted(BareBackward, penalised())
 
 
 # -- functions of the user's -----------------------------------------------------------------------------------------
