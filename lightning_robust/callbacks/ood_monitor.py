@@ -133,7 +133,12 @@ class OODMonitor(Monitor):
         with self._readable(trainer, step, stage):
             for name in self.sets:
                 # One batch of each set: whether it is made as this model needs it.
-                next(self._calls(trainer, step, name, 1), None)
+                first = next(self._calls(trainer, step, name, 1), None)
+                if first is None and trainer.world_size == 1:  # of several processes one may well have no batch
+                    raise ValueError(
+                        f"OOD set {name!r}: expected foreign inputs, got no batch at all. Give a data set or loader "
+                        "that is not empty (drop_last=False where it holds less than a batch), or leave it out."
+                    )
 
     def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._log_probabilities = False
