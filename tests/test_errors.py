@@ -464,6 +464,7 @@ taken: list[int] = []
 # Lightning's and Dynamo's own words about such input.
 @pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument in the `training_step`")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
 def test_bad_input_says_what_was_expected_what_came_and_what_to_do(row: Row) -> None:
