@@ -21,6 +21,7 @@ __all__ = [
     "described",
     "get",
     "leaves",
+    "one_input",
     "rebuilt",
     "resized",
     "shown",
@@ -40,6 +41,20 @@ InputKey = Key | list[Key]
 def as_path(key: Key) -> Path:
     """The path that a user's ``target_key=`` or ``mask_key=`` names."""
     return tuple(key) if isinstance(key, (tuple, list)) else (key,)
+
+
+def one_input(key: Any, who: str) -> Any:
+    """``key``, if it names one input.
+
+    Raises:
+        ValueError: If it is a list of several.
+    """
+    if isinstance(key, list):
+        raise ValueError(
+            f"{who} is about one input, got input_key={key!r}: name one of them; a path inwards is a tuple, "
+            "input_key=('pair', 0)."
+        )
+    return key
 
 
 def as_paths(key: InputKey) -> tuple[Path, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from lightning_robust.attach.batches import Key, Path, described, get, leaves, rebuilt, resized
+from lightning_robust.attach.batches import Key, Path, described, get, leaves, one_input, rebuilt, resized
 from lightning_robust.attach.listener import Heard, step_context
 from lightning_robust.attach.loaders import own_batches, size_of, transferred, true_length
 from lightning_robust.attach.monitor import Monitor
@@ -92,7 +92,13 @@ class OODMonitor(Monitor):
         strict: bool = False,
         name: str | None = None,
     ) -> None:
-        super().__init__("ood", name, Probe(input_key, target_key, logits_fn, loss_index), stages, strict=strict)
+        super().__init__(
+            "ood",
+            name,
+            Probe(one_input(input_key, type(self).__name__), target_key, logits_fn, loss_index),
+            stages,
+            strict=strict,
+        )
         if sets is not None and not isinstance(sets, Mapping):
             raise TypeError(
                 f"sets= takes names and data sets, OODMonitor({{'other': loader}}); got a {type(sets).__name__}."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.attach.base import show_image
-from lightning_robust.attach.batches import Key
+from lightning_robust.attach.batches import Key, one_input
 from lightning_robust.attach.listener import Heard, step_context
 from lightning_robust.attach.monitor import Monitor
 from lightning_robust.attach.probe import Probe
@@ -87,7 +87,13 @@ class SaliencySnapshots(Monitor):
         strict: bool = False,
         name: str | None = None,
     ) -> None:
-        super().__init__("saliency", name, Probe(input_key, target_key, logits_fn, loss_index), stages, strict=strict)
+        super().__init__(
+            "saliency",
+            name,
+            Probe(one_input(input_key, type(self).__name__), target_key, logits_fn, loss_index),
+            stages,
+            strict=strict,
+        )
         if isinstance(methods, str) or not methods:
             raise ValueError(f"methods= takes a list of methods, got {methods!r}.")
         if every_n_epochs < 1 or samples < 1:
