@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from lightning_robust.attach.checkpoint import read_entry
 from lightning_robust.attach.scaling import route_of, scale_output, stored_temperature
 from lightning_robust.attach.seam import perturbed, robust_loss
-from lightning_robust.attacks import NFGSM, PGD, ThreatModel
+from lightning_robust.attach.specs import built, plain
+from lightning_robust.attacks import NFGSM, PGD, JointThreat, ThreatModel
 from lightning_robust.callbacks import AdversarialTraining, SaliencyRegularization, TemperatureScaling
 from lightning_robust.penalties import InputGradientPenalty, RightReasons
 
@@ -54,13 +56,27 @@ class RobustTrainingMixin(_Module):
     _defences: _Built | None = None
 
     def configure_robustness(self) -> Sequence[Any]:
-        """The defences: callbacks, attacks or threat models (trained against), penalties (added); for the user.
+        """The defences and monitors: callbacks, attacks or threat models (trained against), penalties (added).
 
         A bare attack or threat model stands for ``AdversarialTraining(it)``, a bare penalty for
-        ``SaliencyRegularization(it)``. It is asked once for each module: ``Trainer.test`` finds what ``fit`` left in
-        the callbacks (a temperature).
+        ``SaliencyRegularization(it)``; any of them may be the plain dict that a checkpoint's hyper-parameters hold.
+        For the user to write; ``super().configure_robustness()`` gives those of other bases. It is asked once for each
+        module: ``Trainer.test`` finds what ``fit`` left in the callbacks (a temperature).
         """
         return []
+
+    def save_hyperparameters(self, *args: Any, frame: Any = None, **settings: Any) -> None:
+        """Lightning's own; attacks, threat models and penalties among the arguments are kept as plain dicts.
+
+        A checkpoint with objects in it is not loaded by ``load_from_checkpoint``. The constructor is then given the
+        dicts: :func:`~lightning_robust.attach.specs.built`, or :meth:`configure_robustness`, turns them back.
+        """
+        here = inspect.currentframe()
+        super().save_hyperparameters(*args, frame=frame or (here and here.f_back), **settings)
+        # What loggers are given is a copy that was made already.
+        for kept in (self.hparams, vars(self).get("_hparams_initial") or {}):
+            for name, value in kept.items():
+                kept[name] = plain(value)
 
     def configure_callbacks(self) -> list[Any]:
         """Lightning's hook: the defences, behind the callbacks of other bases."""
@@ -101,7 +117,9 @@ class _Built:
 
 
 def _callback(defence: Any) -> Any:
-    if isinstance(defence, (PGD, NFGSM, ThreatModel)):
+    if isinstance(defence, Mapping):
+        defence = built(defence)
+    if isinstance(defence, (PGD, NFGSM, ThreatModel, JointThreat)):
         return AdversarialTraining(defence, "n-fgsm" if isinstance(defence, NFGSM) else "madry")
     if isinstance(defence, (InputGradientPenalty, RightReasons)):
         return SaliencyRegularization(defence)

@@ -24,9 +24,12 @@ from lightning_robust import (
     CalibratedMixin,
     CalibrationMonitor,
     InputGradientPenalty,
+    OODMonitor,
     RightReasons,
+    RobustAccuracy,
     RobustTrainingMixin,
     SaliencyRegularization,
+    SaliencySnapshots,
     TemperatureScaling,
     ThreatModel,
     calibrated,
@@ -315,6 +318,90 @@ def test_a_module_that_is_trained_twice_trains_the_same_weights_as_with_callback
             zoo.trainer(max_epochs=1, callbacks=callbacks).fit(module, data())
         weights.append(flat(module))
     assert torch.equal(*weights)
+
+
+# -- everything that callbacks do ------------------------------------------------------------------------------------
+
+
+def everything() -> list[Any]:
+    return [
+        AdversarialTraining(ATTACK),
+        SaliencyRegularization(InputGradientPenalty(), 0.5),
+        RobustAccuracy(ATTACK),
+        RobustAccuracy(PGD(THREAT, steps=3), name="strong"),
+        CalibrationMonitor(),
+        OODMonitor(),
+        SaliencySnapshots(["gradient"]),
+        TemperatureScaling(),
+    ]
+
+
+@pytest.mark.parametrize("base", [zoo.ListBatch, zoo.ManualOptimisation, ByHand, ManualByHand])
+def test_all_defences_and_monitors_of_a_mixin_train_and_measure_what_callbacks_do(base: type[Any]) -> None:
+    validation = {"validation_step": zoo.ListBatch.validation_step, "forward": zoo.ListBatch.forward}
+    found = []
+    for mixed in (False, True):
+        module = zoo.built(defended(base, everything, **validation) if mixed else zoo.ListBatch)
+        trainer = zoo.trainer(max_epochs=2, callbacks=[] if mixed else everything())
+        trainer.fit(module, data(), data())
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if "/" in k}
+        found.append((flat(module), metrics))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert {"robust.strong/val/accuracy", "ood/val/synthetic_noise/msp_auroc", "saliency/val/flips"} <= set(found[1][1])
+
+
+class Parts(RobustTrainingMixin, zoo.ListBatch):
+    def __init__(self, threat: Any = THREAT, penalty: Any = None, width: int = 3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.threat, self.penalty = threat, penalty
+
+    def configure_robustness(self) -> Any:
+        return [*super().configure_robustness(), self.threat, *([self.penalty] if self.penalty else [])]
+
+
+def test_hyper_parameters_are_class_paths_and_plain_dicts_and_load_what_was_saved(tmp_path: Path) -> None:
+    pl.seed_everything(0, verbose=False)
+    module = Parts(PGD(THREAT, steps=2), InputGradientPenalty())
+    attack = {"class_path": "lightning_robust.PGD", "init_args": {"steps": 2, "restarts": 1}}
+    stored = module.hparams["threat"]
+    assert stored["class_path"] == attack["class_path"]
+    assert stored["init_args"]["threat"]["init_args"]["eps"] == 0.1
+    assert module.hparams_initial["penalty"]["class_path"] == "lightning_robust.InputGradientPenalty"
+    assert module.hparams["width"] == 3
+    trainer = zoo.trainer()
+    trainer.fit(module, data())
+    trainer.save_checkpoint(tmp_path / "parts.ckpt")
+    loaded = Parts.load_from_checkpoint(tmp_path / "parts.ckpt")  # which reads plain data only
+    assert loaded.hparams == module.hparams
+    for parts in (module, loaded):
+        attacked, penalised = parts.configure_callbacks()
+        assert attacked.attack == PGD(THREAT, steps=2)
+        assert penalised.penalty == InputGradientPenalty()
+    zoo.trainer().fit(loaded, data())
+
+
+def test_only_classes_of_this_package_are_built_from_hyper_parameters() -> None:
+    with pytest.raises(ValueError, match=r"expected a class of lightning_robust .*got 'os.system'"):
+        Parts({"class_path": "os.system", "init_args": {}}).configure_callbacks()
+
+
+class Left(RobustTrainingMixin):
+    def configure_robustness(self) -> Any:
+        return [*super().configure_robustness(), CalibrationMonitor()]
+
+
+class Both(Left, Parts):
+    pass
+
+
+def test_several_bases_bring_their_defences_together_and_the_class_stays_what_it_was() -> None:
+    module = Both()
+    assert [type(c).__name__ for c in module.configure_callbacks()] == ["AdversarialTraining", "CalibrationMonitor"]
+    assert Both.forward is zoo.ListBatch.forward
+    assert set(module.state_dict()) == set(zoo.ListBatch().state_dict())
+    assert set(module.hparams) == {"threat", "penalty", "width"}
 
 
 # -- CalibratedMixin -------------------------------------------------------------------------------------------------

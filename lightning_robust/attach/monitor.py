@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_robust.attach.base import RobustCallback
+from lightning_robust.attach.base import RobustCallback, log
 from lightning_robust.attach.batches import copied, rebuilt
 from lightning_robust.attach.listener import Heard, Listener
 from lightning_robust.attach.loaders import evaluation_loaders
@@ -27,19 +28,34 @@ class Monitor(RobustCallback):
     step, :meth:`last` on the last batch (forwards of ours belong between the first and the last batch: in
     ``on_validation_epoch_end`` averaged weights have been swapped out again), :meth:`finish` to compute and log.
 
+    No run is lost to a monitor. What is wrong from the start stops it while there is nothing to lose: in the sanity
+    check, before the first training step, on the first batch of ``validate`` and ``test``. A monitor that fails later
+    says so once, logs NaN for its metrics and tries again in the next evaluation.
+
     Args:
         area: First part of the log keys.
         name: Tells two callbacks of one class apart.
         probe: How steps are read.
         stages: ``"val"`` (in ``fit`` and ``validate``), ``"test"``, or both.
+        strict: Raise whenever it fails, also in the middle of a run.
+
+    Attributes:
+        shown: The metric that the progress bar shows as well.
     """
 
-    def __init__(self, area: str, name: str | None, probe: Probe, stages: Sequence[str]) -> None:
+    shown = ""
+
+    def __init__(
+        self, area: str, name: str | None, probe: Probe, stages: Sequence[str], *, strict: bool = False
+    ) -> None:
         super().__init__(area, name, probe)
         if isinstance(stages, str) or not stages or not set(stages) <= {"val", "test"}:
             raise ValueError(f"stages= takes a list of 'val', 'test' or both, got {stages!r}.")
         self.stages = tuple(stages)
+        self.strict = strict
         self.listener = Listener(probe)
+        self._heard_any = self._failed = False  # in this evaluation
+        self._logged: dict[str, set[str]] = {}  # keys, by stage
         self._template: Step | None = None
         self._entry: dict[str, Any] = {}  # what the checkpoint gets: of the last validation, or brought by a checkpoint
         self._unreadable = False
@@ -63,6 +79,13 @@ class Monitor(RobustCallback):
         self._entry = dict(entry.get(self.area, {}))  # until it is measured again
 
     # -- for subclasses ------------------------------------------------------------------------------------------
+
+    def rehearse(self, trainer: Any, step: Step, loader: int, stage: str) -> None:
+        """On the first batch of each loader in the sanity check: raise if this cannot be measured; keep nothing."""
+
+    def headlines(self) -> Sequence[str]:
+        """Metrics that every evaluation logs, so that they can be marked as missing from the first failure on."""
+        return ()
 
     def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget the last epoch."""
@@ -89,10 +112,13 @@ class Monitor(RobustCallback):
             self._warned.add(about or message)
             warnings.warn(f"{type(self).__name__}: {message}", stacklevel=2)
 
-    def log_values(self, pl_module: Any, values: dict[str, float], n: int) -> None:
+    def log_values(self, pl_module: Any, values: Mapping[str, float], n: int) -> None:
         """Log what is equal on all processes already."""
         for key, value in values.items():
-            pl_module.log(key, torch.tensor(value, dtype=torch.float32), sync_dist=True, batch_size=max(n, 1))
+            _area, stage, metric = key.split("/")[:3]
+            self._logged.setdefault(stage.split("_")[0], set()).add(key)
+            one = torch.tensor(value, dtype=torch.float32)
+            pl_module.log(key, one, sync_dist=True, batch_size=max(n, 1), prog_bar=metric == self.shown)
 
     def summed(self, trainer: Any, pl_module: Any, state: Tensor) -> Tensor:
         """A state of doubles, summed over all processes in one step."""
@@ -118,9 +144,18 @@ class Monitor(RobustCallback):
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._begin(trainer, pl_module, "test")
 
+    def attach(self, trainer: Any, pl_module: Any) -> None:
+        if "val" in self.stages and not trainer.enable_validation:
+            self.warn_once(
+                "this fit has no validation, where it measures: give validation data and a validation_step (and "
+                "limit_val_batches > 0), or stages=['test'] to measure in Trainer.test alone."
+            )
+
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if trainer.sanity_checking and batch_idx == 0 and "val" in self.stages:
+            self._rehearse(trainer, pl_module, batch, dataloader_idx)
         self._before(trainer, pl_module, batch, batch_idx, dataloader_idx, "val")
 
     def on_test_batch_start(
@@ -150,22 +185,42 @@ class Monitor(RobustCallback):
 
     # Our own tables are ordinary tensors, also under Trainer.test, which runs in inference mode.
     @torch.inference_mode(False)
+    def _rehearse(self, trainer: Any, pl_module: Any, batch: Any, loader: int) -> None:
+        self.recall(trainer)
+        try:
+            step = self._listen(trainer, pl_module, "val", batch, 0, loader)
+            self.rehearse(trainer, step, loader, "val")
+        except ProbeError:
+            # Who reads training steps finds a way to the logits that validation does not show.
+            if all(isinstance(c, Monitor) for c in trainer.callbacks if isinstance(c, RobustCallback)):
+                raise
+        finally:
+            self.listener.close()
+
+    @torch.inference_mode(False)
     def _begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._active(trainer, stage):
+            self._heard_any = self._failed = False
             self.recall(trainer)
             self.listener.reset()
-            self.begin(trainer, pl_module, stage)
+            with self._surviving(trainer, stage):
+                self.begin(trainer, pl_module, stage)
 
     @torch.inference_mode(False)
     def _before(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, loader: int, stage: str) -> None:
-        if self._active(trainer, stage):
-            step = self.listener.start(trainer, pl_module, stage, batch, batch_idx, loader)
-            if not self.listener.announced:
-                self.listener.announced = True
-                self.say(trainer, f"{stage} is measured on what {step.name} gives its loss: {self.probe.found(step)}.")
-            if loader == 0 and self._template is None and type(self).last is not Monitor.last:
-                self._template = self._copy_to_read(batch, stage)
-            self.before(trainer, step, batch_idx, loader, stage)
+        if self._active(trainer, stage) and not self._failed:
+            with self._surviving(trainer, stage):
+                step = self._listen(trainer, pl_module, stage, batch, batch_idx, loader)
+                if loader == 0 and self._template is None and type(self).last is not Monitor.last:
+                    self._template = self._copy_to_read(batch, stage)
+                self.before(trainer, step, batch_idx, loader, stage)
+
+    def _listen(self, trainer: Any, pl_module: Any, stage: str, batch: Any, batch_idx: int, loader: int) -> Step:
+        step = self.listener.start(trainer, pl_module, stage, batch, batch_idx, loader)
+        if not self.listener.announced:
+            self.listener.announced = True
+            self.say(trainer, f"{stage} is measured on what {step.name} gives its loss: {self.probe.found(step)}.")
+        return step
 
     def _copy_to_read(self, batch: Any, stage: str) -> Step | None:
         if self._unreadable:
@@ -173,6 +228,8 @@ class Monitor(RobustCallback):
         try:
             return self.listener.readable(stage).with_batch(rebuilt(batch, {}, copied))  # steps may write into theirs
         except (ProbeError, torch.cuda.OutOfMemoryError) as error:  # of gradients, in a batch sized for none
+            if self.strict:
+                raise
             self._unreadable = True
             warnings.warn(f"{self.label} measures nothing: {error}", stacklevel=2)
             return None
@@ -181,23 +238,64 @@ class Monitor(RobustCallback):
     def _after(self, trainer: Any, pl_module: Any, batch_idx: int, loader: int, stage: str) -> None:
         if not self._active(trainer, stage):
             return
-        heard = self.listener.heard()
-        if heard is not None:
-            with torch.no_grad():
-                self.hear(trainer, pl_module, heard, loader, stage)
-        if loader == 0 and batch_idx + 1 == _batches(trainer) and self._template is not None:
-            self.last(trainer, self._template, stage)
-            self._template = None
+        if not self._failed:
+            with self._surviving(trainer, stage):
+                heard = self.listener.heard()
+                if heard is not None:
+                    with torch.no_grad():
+                        self.hear(trainer, pl_module, heard, loader, stage)
+                self._heard_any = True
+        if loader == 0 and batch_idx + 1 == _batches(trainer):
+            self._last(trainer, pl_module, stage)
+
+    def _last(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """What is done together is done by all processes or by none: one that failed would let the others wait."""
+        if type(self).last is Monitor.last or self._unreadable:
+            return
+        self._failed = self._failed_anywhere(trainer, pl_module)
+        template, self._template = self._template, None  # a batch is not held until the next epoch
+        if template is not None and not self._failed:
+            with self._surviving(trainer, stage):
+                self.last(trainer, template, stage)
 
     @torch.inference_mode(False)
     def _finish(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if self._active(trainer, stage):
-            self.listener.close()
-            if self._template is not None:  # nobody knew which batch was the last
-                self.last(trainer, self._template, stage)
-            with torch.no_grad():
+        if not self._active(trainer, stage):
+            return
+        self.listener.close()
+        if self._template is not None:  # nobody knew which batch was the last
+            self._last(trainer, pl_module, stage)
+        self._failed = self._failed_anywhere(trainer, pl_module)
+        if not self._failed:
+            with torch.no_grad(), self._surviving(trainer, stage):
                 self.finish(trainer, pl_module, stage)
-            self._template = None  # a batch is not held until the next epoch
+        if self._failed:
+            self._template = None
+            if stage == "val":
+                self.record(trainer, {})
+            missing = {self.key(stage, metric) for metric in self.headlines()} | self._logged.get(stage, set())
+            self.log_values(pl_module, dict.fromkeys(sorted(missing), float("nan")), 1)
+
+    @contextmanager
+    def _surviving(self, trainer: Any, stage: str) -> Iterator[None]:
+        """A failure in here is the monitor's, not the run's."""
+        try:
+            yield
+        except Exception as error:
+            nothing_lost = trainer.global_step == 0 if trainer.state.fn == "fit" else not self._heard_any
+            if self.strict or nothing_lost:
+                raise
+            self._failed = True
+            log.debug("%s failed in %s", self.label, stage, exc_info=error)
+            goes_on = "training" if trainer.state.fn == "fit" else "evaluation"
+            self.warn_once(
+                f"failed in {stage} at step {trainer.global_step}: {type(error).__name__}: {error} Its metrics of this "
+                f"evaluation are missing (NaN), and {goes_on} goes on; strict=True raises instead.",
+                "failure",
+            )
+
+    def _failed_anywhere(self, trainer: Any, pl_module: Any) -> bool:
+        return bool(self.summed(trainer, pl_module, torch.tensor([float(self._failed)], dtype=torch.float64)).any())
 
     def _active(self, trainer: Any, stage: str) -> bool:
         return stage in self.stages and not trainer.sanity_checking

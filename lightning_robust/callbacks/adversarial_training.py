@@ -244,6 +244,13 @@ class AdversarialTraining(RobustCallback):
         self._checked = True
         if self.threat is not None:
             reading.threat(self.threat).pixels.check(reading.x)
+        with torch.no_grad():
+            logits = reading.read(reading.x).logits
+        if not bool(logits.isfinite().all()):
+            raise ValueError(
+                f"{self}: expected finite logits, got {int((~logits.isfinite()).sum())} NaN or infinite values for the "
+                "first batch. The weights are not finite, or a layer divides by zero or overflows on clean inputs."
+            )
         lines = [
             f"{self}: {name_of(self.attack)}, {reading.found}",
             self._cost(step.module),

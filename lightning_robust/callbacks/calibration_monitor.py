@@ -35,6 +35,8 @@ class CalibrationMonitor(Monitor):
         target_key: Where the target is, if no loss tells.
         logits_fn: ``(module, batch) -> logits`` where no loss can be read; needs ``target_key``.
         loss_index: Which loss call of the step is read, 0 for the first.
+        strict: Raise whenever measuring fails; else a failure in the middle of a run is said once, its metrics are
+            logged as NaN, and the run goes on.
         name: Tells two callbacks of this class apart: keys start with ``calibration.{name}``.
 
     Raises:
@@ -57,9 +59,10 @@ class CalibrationMonitor(Monitor):
         target_key: Key | None = None,
         logits_fn: Callable[..., Any] | None = None,
         loss_index: int = 0,
+        strict: bool = False,
         name: str | None = None,
     ) -> None:
-        super().__init__("calibration", name, Probe(None, target_key, logits_fn, loss_index), stages)
+        super().__init__("calibration", name, Probe(None, target_key, logits_fn, loss_index), stages, strict=strict)
         if bins < 1:
             raise ValueError(f"bins= must be at least 1, got {bins}.")
         self.bins, self.diagram = bins, diagram
@@ -67,6 +70,9 @@ class CalibrationMonitor(Monitor):
 
     def settings(self) -> Mapping[str, Any]:
         return {"bins": self.bins, "stages": ", ".join(self.stages)}
+
+    def headlines(self) -> Sequence[str]:
+        return ["ece", "nll", "brier"]
 
     def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._sums = {}

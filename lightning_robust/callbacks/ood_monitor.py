@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +58,8 @@ class OODMonitor(Monitor):
         target_key: Where the target is, if no loss tells.
         logits_fn: ``(module, batch) -> logits`` where no loss can be read; needs ``target_key``.
         loss_index: Which loss call of the step is read, 0 for the first.
+        strict: Raise whenever measuring fails; else a failure in the middle of a run is said once, its metrics are
+            logged as NaN, and the run goes on.
         name: Tells two callbacks of this class apart: keys start with ``ood.{name}``.
 
     Raises:
@@ -86,9 +89,10 @@ class OODMonitor(Monitor):
         target_key: Key | None = None,
         logits_fn: Callable[..., Any] | None = None,
         loss_index: int = 0,
+        strict: bool = False,
         name: str | None = None,
     ) -> None:
-        super().__init__("ood", name, Probe(input_key, target_key, logits_fn, loss_index), stages)
+        super().__init__("ood", name, Probe(input_key, target_key, logits_fn, loss_index), stages, strict=strict)
         if sets is not None and not isinstance(sets, Mapping):
             raise TypeError(
                 f"sets= takes names and data sets, OODMonitor({{'other': loader}}); got a {type(sets).__name__}."
@@ -119,6 +123,23 @@ class OODMonitor(Monitor):
 
     # -- when ----------------------------------------------------------------------------------------------------
 
+    def headlines(self) -> Sequence[str]:
+        measures = ("auroc", "aupr_in", "aupr_out", "fpr95", "fpr95_id_positive")
+        return [f"{name}/{score}_{measure}" for name in self.sets for score in self.scores for measure in measures]
+
+    def rehearse(self, trainer: Any, step: Step, loader: int, stage: str) -> None:
+        if loader or self.synthetic:
+            return
+        with self._readable(trainer, step, stage):
+            for name in self.sets:
+                # One batch of each set: whether it is made as this model needs it.
+                first = next(self._calls(trainer, step, name, 1), None)
+                if first is None and trainer.world_size == 1:  # of several processes one may well have no batch
+                    raise ValueError(
+                        f"OOD set {name!r}: expected foreign inputs, got no batch at all. Give a data set or loader "
+                        "that is not empty (drop_last=False where it holds less than a batch), or leave it out."
+                    )
+
     def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._log_probabilities = False
         self._own = ScoreTable(list(self.scores), IN_DISTRIBUTION)
@@ -127,14 +148,22 @@ class OODMonitor(Monitor):
     def before(self, trainer: Any, step: Step, batch_idx: int, loader: int, stage: str) -> None:
         if loader or self._unreadable or not (self.synthetic or batch_idx == 0):
             return
+        with self._readable(trainer, step, stage):
+            if self.synthetic:
+                self._score_synthetic(step)
+            else:
+                self._score_sets(trainer, step)
+
+    @contextmanager
+    def _readable(self, trainer: Any, step: Step, stage: str) -> Iterator[None]:
+        """Where foreign inputs cannot travel through this step at all, that is said and nothing is measured."""
         try:
             with step_context(trainer, stage), torch.no_grad():
                 self._find_input(step)
-                if self.synthetic:
-                    self._score_synthetic(step)
-                else:
-                    self._score_sets(trainer, step)
+                yield
         except ProbeError as error:
+            if self.strict:
+                raise
             self._unreadable = True
             self.begin(trainer, step.module, stage)  # a part of a set is no set
             self.warn_once(f"foreign inputs cannot be read, nothing is measured: {error}")
@@ -180,23 +209,28 @@ class OODMonitor(Monitor):
                 self._add(self._tables[name], reading.read(foreign), index, keep)
 
     def _score_sets(self, trainer: Any, step: Step) -> None:
+        for name in self.sets:
+            for call, index, keep in self._calls(trainer, step, name, self.max_samples):
+                self._add(self._tables[name], call, index, keep)
+
+    def _calls(self, trainer: Any, step: Step, name: str, limit: int) -> Iterator[tuple[LossCall, Tensor, Tensor]]:
+        """What the step says of the batches of a set, the number of each sample, and whether it counts."""
         route = self.probe.route(step, listening=True)
         like = get(step.batch, route.input)
-        for name, source in self.sets.items():
-            loader = self._loader(source, len(like))
-            length = true_length(loader, trainer.world_size)
-            for batch, index in own_batches(trainer, loader, self.max_samples):
-                moved = self._through_hooks(trainer, step, batch, like)
-                if moved is not None and not like.is_floating_point():
-                    # Texts are no texts without their own masks; only what they are labelled with is not asked for.
-                    targets = _targets(step, route.target, len(like), len(index))
-                    with self.probe.reading(step.with_batch(rebuilt(moved, targets)), listening=True) as reading:
-                        call = reading.read(reading.x)
-                else:
-                    foreign = self._input(batch, None if moved is None else get(moved, route.input), like, name)
-                    with self.probe.reading(step, listening=True) as reading:
-                        call = reading.read(foreign)
-                self._add(self._tables[name], call, index, index < length)
+        loader = self._loader(self.sets[name], len(like))
+        length = true_length(loader, trainer.world_size)
+        for batch, index in own_batches(trainer, loader, limit):
+            moved = self._through_hooks(trainer, step, batch, like)
+            if moved is not None and not like.is_floating_point():
+                # Texts are no texts without their own masks; only what they are labelled with is not asked for.
+                targets = _targets(step, route.target, len(like), len(index))
+                with self.probe.reading(step.with_batch(rebuilt(moved, targets)), listening=True) as reading:
+                    call = reading.read(reading.x)
+            else:
+                foreign = self._input(batch, None if moved is None else get(moved, route.input), like, name)
+                with self.probe.reading(step, listening=True) as reading:
+                    call = reading.read(foreign)
+            yield call, index, index < length
 
     def _find_input(self, step: Step) -> None:
         """Where no gradient tells, the input is the largest of what has a row for every sample and is no target."""

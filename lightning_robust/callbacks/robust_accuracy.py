@@ -56,6 +56,8 @@ class RobustAccuracy(Monitor):
         target_key: Where the target is, if no loss tells.
         logits_fn: ``(module, batch) -> logits`` where no loss can be read; needs ``target_key``.
         loss_index: Which loss call of the step is read, 0 for the first.
+        strict: Raise whenever measuring fails; else a failure in the middle of a run is said once, its metrics are
+            logged as NaN, and the run goes on.
         name: Tells two callbacks of this class apart: keys start with ``robust.{name}``.
 
     Raises:
@@ -66,6 +68,8 @@ class RobustAccuracy(Monitor):
         >>> RobustAccuracy(PGD(ThreatModel("linf", eps=0.2), steps=20, restarts=2)).attacks.keys()
         dict_keys(['pgd20x2_linf_0.2'])
     """
+
+    shown = "accuracy"
 
     def __init__(
         self,
@@ -83,9 +87,10 @@ class RobustAccuracy(Monitor):
         target_key: Key | None = None,
         logits_fn: Callable[..., Any] | None = None,
         loss_index: int = 0,
+        strict: bool = False,
         name: str | None = None,
     ) -> None:
-        super().__init__("robust", name, Probe(input_key, target_key, logits_fn, loss_index), stages)
+        super().__init__("robust", name, Probe(input_key, target_key, logits_fn, loss_index), stages, strict=strict)
         self.attacks = _named(attacks)
         if max_samples < 1 or examples < 0:
             raise ValueError(
@@ -108,7 +113,15 @@ class RobustAccuracy(Monitor):
     # -- when ----------------------------------------------------------------------------------------------------
 
     def attach(self, trainer: Any, pl_module: Any) -> None:
+        super().attach(trainer, pl_module)
         self._checked = False  # another fit may bring other data
+
+    def headlines(self) -> Sequence[str]:
+        return ["accuracy", "clean_accuracy", *(f"accuracy_{name}" for name in self.attacks)]
+
+    def rehearse(self, trainer: Any, step: Step, loader: int, stage: str) -> None:
+        with step_context(trainer, stage), self.probe.reading(self.listener.readable(stage)) as reading:
+            self._first_batch(trainer, reading, loader)
 
     def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._scores, self._pictures = {}, []
@@ -123,8 +136,7 @@ class RobustAccuracy(Monitor):
         step = self.listener.readable(stage)
         no_autocast = torch.autocast(trainer.strategy.root_device.type, enabled=False)
         with step_context(trainer, stage), no_autocast, self.probe.reading(step) as reading:
-            if not self._checked:
-                self._first_batch(trainer, reading, loader)
+            self._first_batch(trainer, reading, loader)
             self._measure(reading, scores, index, keep, pictures=loader == 0 and trainer.is_global_zero)
 
     # -- one batch -----------------------------------------------------------------------------------------------
@@ -181,10 +193,8 @@ class RobustAccuracy(Monitor):
             scores.load(self.summed(trainer, pl_module, scores.state()))
             if not scores.n:
                 continue
-            for metric, share in scores.accuracies().items():
-                key = self.key(stage, metric) + suffix
-                # Equal on all processes already; sync_dist tells Lightning that this was thought of.
-                pl_module.log(key, share, sync_dist=True, prog_bar=metric == "accuracy", batch_size=scores.n)
+            shares = {self.key(stage, metric) + suffix: share for metric, share in scores.accuracies().items()}
+            self.log_values(pl_module, shares, scores.n)
             if loader == 0 and stage == "val":
                 self.record(trainer, self._measured(scores))
         self._show_pictures(trainer, stage)
@@ -219,6 +229,8 @@ class RobustAccuracy(Monitor):
     # -- the first batch -----------------------------------------------------------------------------------------
 
     def _first_batch(self, trainer: Any, reading: Reading, loader: int) -> None:
+        if self._checked:
+            return
         self._checked = True
         for attack in self.attacks.values():
             if hasattr(attack, "threat"):

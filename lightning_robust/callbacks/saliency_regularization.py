@@ -130,6 +130,11 @@ class SaliencyRegularization(RobustCallback):
         self._trainer, self._checked = trainer, False
         # A compiled network keeps no graph for a second backward pass; the direction then costs a forward of its own.
         self._reuse = not _is_compiled(pl_module)
+        if not self._reuse and getattr(self.penalty, "method", None) == "double_backward":
+            raise RuntimeError(
+                f"{self}: a compiled network has no second derivative. Use method='finite_differences', or leave the "
+                "network uncompiled."
+            )
         handle = install(
             pl_module,
             str(self),
@@ -196,11 +201,6 @@ class SaliencyRegularization(RobustCallback):
 
     def _first_batch(self, step: Step, state: RandomState) -> None:
         self._checked = True
-        if not self._reuse and getattr(self.penalty, "method", None) == "double_backward":
-            raise RuntimeError(
-                f"{self}: a compiled network has no second derivative. Use method='finite_differences', or leave the "
-                "network uncompiled."
-            )
         # A forward of its own, whose graph may be used up.
         bare = Step(step.module, step.name, step.function, step.args)
         preflight(lambda: self._value(bare, None, state), step.module.parameters(), str(self))

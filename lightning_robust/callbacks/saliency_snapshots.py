@@ -52,6 +52,8 @@ class SaliencySnapshots(Monitor):
         target_key: Where the target is, if no loss tells.
         logits_fn: ``(module, batch) -> logits`` where no loss can be read; needs ``target_key``.
         loss_index: Which loss call of the step is read, 0 for the first.
+        strict: Raise whenever measuring fails; else a failure in the middle of a run is said once, its metrics are
+            logged as NaN, and the run goes on.
         name: Tells two callbacks of this class apart: keys start with ``saliency.{name}``.
 
     Raises:
@@ -82,9 +84,10 @@ class SaliencySnapshots(Monitor):
         target_key: Key | None = None,
         logits_fn: Callable[..., Any] | None = None,
         loss_index: int = 0,
+        strict: bool = False,
         name: str | None = None,
     ) -> None:
-        super().__init__("saliency", name, Probe(input_key, target_key, logits_fn, loss_index), stages)
+        super().__init__("saliency", name, Probe(input_key, target_key, logits_fn, loss_index), stages, strict=strict)
         if isinstance(methods, str) or not methods:
             raise ValueError(f"methods= takes a list of methods, got {methods!r}.")
         if every_n_epochs < 1 or samples < 1:
@@ -150,7 +153,11 @@ class SaliencySnapshots(Monitor):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         self._loaded_step = int(checkpoint.get("global_step", 0))
 
+    def headlines(self) -> Sequence[str]:
+        return ["flips"]
+
     def attach(self, trainer: Any, pl_module: Any) -> None:
+        super().attach(trainer, pl_module)
         if self.layer is not None:
             _submodule(pl_module, self.layer)  # fails now, not after the first epoch
 

@@ -58,6 +58,8 @@ class TemperatureScaling(Monitor):
         target_key: Where the target is, if no loss tells.
         logits_fn: ``(module, batch) -> logits`` where no loss can be read; needs ``target_key``.
         loss_index: Which loss call of the step is read, 0 for the first.
+        strict: Raise whenever measuring fails; else a failure in the middle of a run is said once, its metrics are
+            logged as NaN, and the run goes on.
         name: Tells two callbacks of this class apart: keys start with ``calibration.{name}``.
 
     Raises:
@@ -84,9 +86,12 @@ class TemperatureScaling(Monitor):
         target_key: Key | None = None,
         logits_fn: Callable[..., Any] | None = None,
         loss_index: int = 0,
+        strict: bool = False,
         name: str | None = None,
     ) -> None:
-        super().__init__("calibration", name, Probe(None, target_key, logits_fn, loss_index), ("val", "test"))
+        super().__init__(
+            "calibration", name, Probe(None, target_key, logits_fn, loss_index), ("val", "test"), strict=strict
+        )
         if when not in ("validation", "after_fit"):
             raise ValueError(f"when= must be 'validation' or 'after_fit', got {when!r}.")
         if when == "validation" and (dataloader is not None or checkpoints is not None):
@@ -148,6 +153,9 @@ class TemperatureScaling(Monitor):
             stacklevel=2,
         )
 
+    def headlines(self) -> Sequence[str]:
+        return ["temperature", "nll_scaled", "ece_scaled"] if self.when == "validation" else []
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._saved.update(kept_files(trainer))  # before the next save hides the last one
 
@@ -197,7 +205,8 @@ class TemperatureScaling(Monitor):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._weights_step = int(trainer.global_step)
         if self.when == "after_fit":
-            self._after_fit(trainer, pl_module)
+            with self._surviving(trainer, "after_fit"):
+                self._after_fit(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if trainer.state.fn == "fit":

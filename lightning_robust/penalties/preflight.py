@@ -36,6 +36,7 @@ def preflight(compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter],
         what: What to call the penalty in messages.
 
     Raises:
+        TypeError: If the penalty is no scalar tensor.
         RuntimeError: If the penalty or its gradients cannot be computed (with a remedy where the cause is known), if no
             parameter receives a gradient, or if anything is not finite.
 
@@ -51,6 +52,9 @@ def preflight(compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter],
     trainable = [p for p in parameters if p.requires_grad]
     try:
         penalty = compute()
+        if not isinstance(penalty, Tensor) or penalty.numel() != 1:
+            got = f"a tensor {tuple(penalty.shape)}" if isinstance(penalty, Tensor) else type(penalty).__name__
+            raise TypeError(f"{what} must return a scalar tensor, got {got}: return the mean over the samples.")
         connected = penalty.requires_grad and trainable  # else autograd.grad would only say that there is no graph
         found = torch.autograd.grad(penalty, trainable, allow_unused=True) if connected else ()
     except RuntimeError as error:
@@ -61,7 +65,8 @@ def preflight(compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter],
         raise RuntimeError(
             f"{what} reaches 0 of {len(trainable)} trainable parameters, so it cannot train any. Attributions from "
             "captum are not differentiable with respect to parameters, nor is what is computed under torch.no_grad() "
-            "or detached; use a penalty of lightning_robust.penalties, or torch.autograd.grad(..., create_graph=True)."
+            "or detached; use a penalty of lightning_robust.penalties, or torch.autograd.grad(..., create_graph=True). "
+            "Where a layer has no second derivative (once_differentiable), use method='finite_differences'."
         )
     broken = sum(not bool(g.isfinite().all()) for g in gradients)
     if broken or not bool(penalty.isfinite().all()):

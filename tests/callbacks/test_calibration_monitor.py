@@ -272,13 +272,13 @@ def test_averaged_weights_are_measured_where_validation_uses_them() -> None:
         assert abs(found["nll"] - others[0]) > 1e-4
 
 
-def test_the_sanity_check_measures_nothing_and_reads_nothing() -> None:
+def test_the_sanity_check_measures_nothing_and_finds_out_where_the_logits_are() -> None:
     forwards: list[bool] = []
 
     class After(pl.Callback):
         def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
             assert not measured(trainer)
-            assert len(forwards) == 2  # the user's own
+            assert len(forwards) == 2 + 1  # the user's own, and one a run
 
     module = zoo.built(Classifier)
     module.net.register_forward_hook(lambda *_: forwards.append(True))
@@ -428,7 +428,8 @@ def test_a_fit_of_another_module_forgets_what_was_measured(tmp_path: Any) -> Non
     zoo.trainer(callbacks=[monitor]).fit(zoo.built(Classifier), data(), data())
     assert "bins" in monitor.section()["calibration"]
     trainer = zoo.trainer(callbacks=[monitor])
-    trainer.fit(zoo.built(Classifier, 1), data())
+    with pytest.warns(UserWarning, match=r"CalibrationMonitor: this fit has no validation.*limit_val_batches"):
+        trainer.fit(zoo.built(Classifier, 1), data())
     trainer.save_checkpoint(tmp_path / "other.ckpt")
     assert "calibration" not in read_entry(tmp_path / "other.ckpt")
 
