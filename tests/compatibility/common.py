@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_robust import PixelSpace
 
-GROUPS = ("attacks", "penalties", "calibration", "ood", "saliency")
+GROUPS = ("attacks", "robustness", "penalties", "calibration", "ood", "saliency")
 CLASSES = 3
 
 
@@ -27,6 +27,7 @@ class Shape:
         in_training: What only those that change training must be told, where batches differ between the loaders.
         errors: For a group of callbacks, a pattern of the error that it ends with.
         says: For a group of monitors, a pattern of the warning that nothing is measured.
+        gaps: For a group of callbacks, why it does not serve this shape and has no clear error for it.
         warns: Patterns of other warnings of ours, in every fit with callbacks.
         noise: Patterns of warnings that Lightning or torch give with or without us.
         pixels: Of the input.
@@ -43,6 +44,7 @@ class Shape:
     in_training: Mapping[str, Any] = field(default_factory=dict)
     errors: Mapping[str, str] = field(default_factory=dict)
     says: Mapping[str, str] = field(default_factory=dict)
+    gaps: Mapping[str, str] = field(default_factory=dict)
     warns: tuple[str, ...] = ()
     noise: tuple[str, ...] = ()
     pixels: PixelSpace = field(default_factory=PixelSpace)
@@ -53,7 +55,7 @@ class Shape:
     namespace: str = "pytorch_lightning"
 
     def __post_init__(self) -> None:
-        unknown = (set(self.errors) | set(self.says)) - set(GROUPS)
+        unknown = (set(self.errors) | set(self.says) | set(self.gaps)) - set(GROUPS)
         assert not unknown, unknown
 
 

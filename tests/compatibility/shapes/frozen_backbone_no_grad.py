@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 SHAPE = Shape(
     "a frozen backbone under `torch.no_grad` (linear probe)",
-    errors={"attacks": NO_GRADIENT, "penalties": NO_GRADIENT},
+    errors=dict.fromkeys(("attacks", "robustness", "penalties"), NO_GRADIENT),
     says={"saliency": NO_GRADIENT},
 )
 train_loader = val_loader = pairs

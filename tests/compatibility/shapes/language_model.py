@@ -9,8 +9,9 @@ from torch.nn import functional as F
 SHAPE = Shape(
     "a language model: logits and next tokens flattened before the loss",
     inputs=(),
-    errors={"attacks": NO_FLOATS, "penalties": NO_FLOATS},
+    errors=dict.fromkeys(("attacks", "robustness", "penalties"), NO_FLOATS),
     says={"ood": ONE_PREDICTION, "saliency": ONE_CLASS},
+    noise=("SaliencySnapshots_val measures nothing",),
 )
 
 

@@ -2,12 +2,12 @@
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_LOSS, Shape, conv_net, pairs
+from compatibility.common import GROUPS, NO_LOSS, Shape, conv_net, pairs
 from torch.nn import functional as F
 
 SHAPE = Shape(
     "`-log p[y]` written by hand, nothing said",
-    errors=dict.fromkeys(("attacks", "penalties", "calibration", "ood", "saliency"), NO_LOSS + r".*logits_fn="),
+    errors=dict.fromkeys(GROUPS, NO_LOSS + r".*logits_fn="),
 )
 train_loader = val_loader = pairs
 

@@ -11,7 +11,7 @@ SHAPE = Shape("normalised in `on_after_batch_transfer` of a DataModule", pixels=
 train_loader = val_loader = pairs
 
 
-class data(pl.LightningDataModule):  # noqa: N801
+class data(pl.LightningDataModule):
     def train_dataloader(self):
         return pairs()
 

@@ -2,13 +2,13 @@
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_LOSS, Shape, batches, rows
+from compatibility.common import GROUPS, NO_LOSS, Shape, batches, rows
 from torch import nn
 from torch.nn import functional as F
 
 SHAPE = Shape(
     "a regression under `F.mse_loss`",
-    errors=dict.fromkeys(("attacks", "penalties", "calibration", "ood", "saliency"), NO_LOSS),
+    errors=dict.fromkeys(GROUPS, NO_LOSS),
 )
 
 

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 SHAPE = Shape(
     "a training step that takes an iterator (`dataloader_iter`)",
-    errors={"attacks": r"takes an iterator instead of a batch", "penalties": r"takes an iterator instead of a batch"},
+    errors=dict.fromkeys(("attacks", "penalties"), r"takes an iterator instead of a batch"),
+    noise=("dataloader_iter",),
 )
 train_loader = val_loader = pairs
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 SHAPE = Shape(
     "a dict of input ids, attention mask and labels; the network returns an object with loss and logits",
-    errors={"attacks": NO_FLOATS, "penalties": NO_FLOATS},
+    errors=dict.fromkeys(("attacks", "robustness", "penalties"), NO_FLOATS),
     says={"saliency": NO_FLOATS},
 )
 

@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 SHAPE = Shape(
     "token ids and an embedding",
-    errors={"attacks": NO_FLOATS, "penalties": NO_FLOATS},
+    errors=dict.fromkeys(("attacks", "robustness", "penalties"), NO_FLOATS),
     says={"saliency": NO_FLOATS},
 )
 

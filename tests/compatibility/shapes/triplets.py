@@ -2,12 +2,12 @@
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_LOSS, Shape, batches, features, images
+from compatibility.common import GROUPS, NO_LOSS, Shape, batches, features, images
 from torch.nn import functional as F
 
 SHAPE = Shape(
     "anchor, positive and negative under a triplet loss: no classes, no logits",
-    errors=dict.fromkeys(("attacks", "penalties", "calibration", "ood", "saliency"), NO_LOSS),
+    errors=dict.fromkeys(GROUPS, NO_LOSS),
 )
 
 
