@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from compatibility.common import GROUPS, Shape
 from torch import Tensor, nn
 
