@@ -1,0 +1,30 @@
+"""The network is built in `configure_model`."""
+
+import pytorch_lightning as pl
+import torch
+from compatibility.common import Shape, conv_net, pairs
+from torch.nn import functional as F
+
+SHAPE = Shape("the network is built in `configure_model`")
+train_loader = val_loader = pairs
+
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = None
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = conv_net()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self.net(x), y))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -1,0 +1,27 @@
+"""None is returned for a batch that is left out."""
+
+import pytorch_lightning as pl
+import torch
+from compatibility.common import Shape, conv_net, pairs
+from torch.nn import functional as F
+
+SHAPE = Shape("None is returned for a batch that is left out", noise=("returned `None`",))
+train_loader = val_loader = pairs
+
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = conv_net()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = F.cross_entropy(self.net(x), y)
+        return None if batch_idx == 1 else loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self.net(x), y))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
