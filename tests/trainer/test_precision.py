@@ -75,7 +75,7 @@ def off(found: Tensor, expected: Tensor, half: torch.dtype) -> float:
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_mixed_takes_the_gradient_under_autocast(method: str) -> None:
     found, expected, trainer = step_and_hand(method, torch.bfloat16, 1.0, *monitors(), precision="bf16-mixed")
-    assert off(found, expected, torch.bfloat16) < 4
+    assert off(found, expected, torch.bfloat16) < 2  # 18 without the penalty, 87 without the divergence
     assert all(math.isfinite(value) for key, value in ours(trainer).items() if "val" in key)
 
 
@@ -96,7 +96,7 @@ def test_training_attacks_query_in_the_precision_of_the_run_and_evaluation_in_fp
 @pytest.mark.parametrize("method", METHODS)
 def test_fp16_scales_what_is_added_with_the_loss_so_that_the_scale_cancels(method: str, scale: float) -> None:
     found, expected, _ = step_and_hand(method, torch.float16, scale, **fp16(scale))
-    assert off(found, expected, torch.float16) < 4
+    assert off(found, expected, torch.float16) < 2
 
 
 class Steps(pl.Callback):
