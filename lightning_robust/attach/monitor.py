@@ -56,6 +56,7 @@ class Monitor(RobustCallback):
         self.listener = Listener(probe)
         self._heard_any = self._failed = False  # in this evaluation
         self._logged: dict[str, set[str]] = {}  # keys, by stage
+        self._left_out: set[int] = set()  # loaders behind the first one that cannot be read
         self._template: Step | None = None
         self._entry: dict[str, Any] = {}  # what the checkpoint gets: of the last validation, or brought by a checkpoint
         self._unreadable = False
@@ -189,7 +190,8 @@ class Monitor(RobustCallback):
         self.recall(trainer)
         try:
             step = self._listen(trainer, pl_module, "val", batch, 0, loader)
-            self.rehearse(trainer, step, loader, "val")
+            if step is not None:
+                self.rehearse(trainer, step, loader, "val")
         except ProbeError:
             # Who reads training steps finds a way to the logits that validation does not show.
             if all(isinstance(c, Monitor) for c in trainer.callbacks if isinstance(c, RobustCallback)):
@@ -201,6 +203,7 @@ class Monitor(RobustCallback):
     def _begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._active(trainer, stage):
             self._heard_any = self._failed = False
+            self._left_out = set()
             self.recall(trainer)
             self.listener.reset()
             with self._surviving(trainer, stage):
@@ -211,12 +214,28 @@ class Monitor(RobustCallback):
         if self._active(trainer, stage) and not self._failed:
             with self._surviving(trainer, stage):
                 step = self._listen(trainer, pl_module, stage, batch, batch_idx, loader)
+                if step is None:
+                    return
                 if loader == 0 and self._template is None and type(self).last is not Monitor.last:
                     self._template = self._copy_to_read(batch, stage)
                 self.before(trainer, step, batch_idx, loader, stage)
 
-    def _listen(self, trainer: Any, pl_module: Any, stage: str, batch: Any, batch_idx: int, loader: int) -> Step:
-        step = self.listener.start(trainer, pl_module, stage, batch, batch_idx, loader)
+    def _listen(self, trainer: Any, pl_module: Any, stage: str, batch: Any, batch_idx: int, loader: int) -> Step | None:
+        """The step to hear the batch in; None where a loader behind the first one cannot be read."""
+        if loader in self._left_out:
+            self.listener.close()
+            return None
+        try:
+            step = self.listener.start(trainer, pl_module, stage, batch, batch_idx, loader)
+        except ProbeError as error:
+            if loader == 0 or self.strict:
+                raise
+            self._left_out.add(loader)
+            self.warn_once(
+                f"loader {loader} of {stage} is left out, the others are measured: {error}", f"loader {loader}"
+            )
+            self.listener.close()
+            return None
         if not self.listener.announced:
             self.listener.announced = True
             self.say(trainer, f"{stage} is measured on what {step.name} gives its loss: {self.probe.found(step)}.")

@@ -106,7 +106,7 @@ class Probe:
         """
         self._forget_others(step.module)
         route = self.route(step, listening=listening)
-        with quiet(step.module, training, keep_buffers) as now:
+        with quiet(step.module, None if route.trains_only else training, keep_buffers) as now:
             yield Reading(self, route, step, state or now)
 
     def route(self, step: Step, *, listening: bool = False) -> Route:
@@ -215,7 +215,24 @@ class Probe:
             self._check_named(batch)
         elif not listening and not may_have_input(batch):
             raise no_input(batch, where)
-        with quiet(step.module, False, False) as state:
+        try:
+            route, call = self._found(step, listening, graph, training=False)
+        except ProbeError:
+            raise
+        except Exception as error:  # in eval mode; whatever the step then does with what its network gives it
+            if not step.module.training:
+                raise
+            try:
+                route, call = self._found(step, listening, graph, training=None)
+            except Exception:
+                raise error from None  # it is not for the mode
+        self._warn_of_squashing(call, where)
+        self.routes[step.name] = route
+        return route
+
+    def _found(self, step: Step, listening: bool, graph: bool, training: bool | None) -> tuple[Route, LossCall]:
+        batch = step.batch
+        with quiet(step.module, training, False) as state:
             read = tracked(self.call, step, floats_of(batch), state, graph)
             try:
                 paths, integer = input_of(self.call, read, step, state, self.input_paths)
@@ -242,10 +259,9 @@ class Probe:
                 differentiable=differentiable,
                 others=paths[1:],
                 integer=integer,
+                trains_only=training is None,
             )
-        self._warn_of_squashing(call, where)
-        self.routes[step.name] = route
-        return route
+        return route, call
 
     def _check_named(self, batch: Any) -> None:
         for path in self.input_paths or ():

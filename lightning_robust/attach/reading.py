@@ -89,7 +89,16 @@ class Reading:
         template = self._step.batch if len(x) == len(self.x) else resized(self._step.batch, len(self.x), len(x))
         # Copies, since steps may write into their batch; of x as well, since a leaf must not be written to.
         batch = rebuilt(template, self._route.inputs.into(template, x.clone()), copied)
-        self.call = self._probe.call(self._step.with_batch(batch), self._route)
+        try:
+            self.call = self._probe.call(self._step.with_batch(batch), self._route)
+        except (IndexError, RuntimeError, ValueError) as error:
+            if template is self._step.batch or isinstance(error, ProbeError):
+                raise
+            raise ProbeError(
+                f"{type(self.module).__name__}.{self._step.name} does not take {len(x)} samples in the place of the "
+                f"{len(self.x)} of its batch; do rows of the batch refer to each other (a graph, pairs)? Then other "
+                f"inputs cannot travel in it. It says: {type(error).__name__}: {error}"
+            ) from error
         return self.call
 
     def logits(self, x: Tensor) -> Tensor:

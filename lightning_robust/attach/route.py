@@ -35,6 +35,8 @@ class Route:
         differentiable: Whether a gradient reaches the input; else ``input`` is a leaf to count samples by.
         others: Where further inputs are, if the user named several.
         integer: Whether the input is integers (uint8 pixels), which the step casts.
+        trains_only: Whether the step fails in eval mode (an auxiliary head that is there in training alone); it is read
+            in the mode that it is in.
     """
 
     step: str
@@ -49,6 +51,7 @@ class Route:
     differentiable: bool = True
     others: tuple[Path, ...] = ()
     integer: bool = False
+    trains_only: bool = False
 
     @property
     def inputs(self) -> Inputs:

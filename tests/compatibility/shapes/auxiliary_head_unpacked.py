@@ -8,10 +8,6 @@ from torch.nn import functional as F
 
 SHAPE = Shape(
     "the same, unpacked without a look at the mode: such a step runs in train mode only",
-    in_training={"craft_mode": "train"},
-    gaps=dict.fromkeys(
-        ("attacks", "penalties"), "discovery runs the step in eval mode, where the network returns one tensor"
-    ),
 )
 train_loader = val_loader = pairs
 
