@@ -15,6 +15,7 @@ from lightning_robust.attach.listener import Heard, step_context
 from lightning_robust.attach.loaders import own_batches, size_of, transferred, true_length
 from lightning_robust.attach.monitor import Monitor
 from lightning_robust.attach.probe import Probe
+from lightning_robust.attach.sharded import takes_part
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.losses import LossCall
@@ -131,7 +132,7 @@ class OODMonitor(Monitor):
             with step_context(trainer, stage), torch.no_grad():
                 self._find_input(step)
                 if self.synthetic:
-                    self._score_synthetic(step)
+                    self._score_synthetic(trainer, step)
                 else:
                     self._score_sets(trainer, step)
         except ProbeError as error:
@@ -162,9 +163,9 @@ class OODMonitor(Monitor):
 
     # -- what ----------------------------------------------------------------------------------------------------
 
-    def _score_synthetic(self, step: Step) -> None:
+    def _score_synthetic(self, trainer: Any, step: Step) -> None:
         index, keep = self.listener.index, self.listener.counts & (self.listener.index < self.max_samples)
-        if not bool(keep.any()):
+        if not takes_part(trainer, step.module, index, keep, self.max_samples):
             return
         with self.probe.reading(step, listening=True) as reading:
             x = reading.x
