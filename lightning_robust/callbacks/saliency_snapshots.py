@@ -243,6 +243,7 @@ class SaliencySnapshots(Monitor):
         x, target = probes.x.to(reading.x.device, reading.x.dtype), probes.label.to(reading.x.device)
         with torch.no_grad():
             call = reading.read(x)
+        call.check_classes(target)
         predictions = call.predictions().flatten().cpu()
         confidences = call.log_probabilities().flatten(1).amax(1).exp().cpu()
         anchor = self._first_seen.setdefault(stage, predictions)

@@ -178,7 +178,10 @@ def told(name: str, kind: Any, *, training: bool = False, **settings: Any) -> di
     shape = shape_of(name)
     asked: Mapping[str, Any] = {**shape.arguments, **(shape.in_training if training else {})}
     taken = inspect.signature(kind).parameters
-    return {**settings, **{key: value for key, value in asked.items() if key in taken}}
+    given = {**settings, **{key: value for key, value in asked.items() if key in taken}}
+    if isinstance(given.get("input_key"), list) and kind in (OODMonitor, SaliencySnapshots):
+        given["input_key"] = given["input_key"][0]  # who shows one input is told which
+    return given
 
 
 def adversary(name: str, method: str) -> AdversarialTraining:
