@@ -154,8 +154,9 @@ class LossCall:
         if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
             raise ValueError(
                 f"expected labels from 0 to {classes - 1}, as many classes as there are logits, got labels from "
-                f"{int(labels.min())} to {int(labels.max())}. Do this loader and the model speak of the same classes, or is "
-                "a class a partner in the batch (contrastive losses), which other samples do not have? Labels that mean 'none' are those of the loss's ignore_index."
+                f"{int(labels.min())} to {int(labels.max())}. Do this loader and the model speak of the same classes, "
+                "or is a class a partner in the batch (contrastive losses), which other samples do not have? Labels "
+                "that mean 'none' are those of the loss's ignore_index."
             )
 
     def class_logits(self) -> Tensor | None:
