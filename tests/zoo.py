@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import pytorch_lightning as pl
 import torch
 import torchmetrics
@@ -447,6 +448,11 @@ def trainer(**settings: Any) -> pl.Trainer:
         "max_epochs": 1,
     }
     return pl.Trainer(**{**quiet, **settings})
+
+
+averaging = pytest.mark.skipif(
+    not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="this Lightning averages no weights (EMAWeightAveraging)"
+)
 
 
 def built(shape: type[Shape], seed: int = 0) -> Shape:

@@ -10,9 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_robust.attacks.joint import JointThreat
+from lightning_robust.attacks.joint import Threat
 from lightning_robust.attacks.objectives import cross_entropy, input_gradient, margin_of
-from lightning_robust.attacks.threat import ThreatModel
 from lightning_robust.modes import gradients
 from lightning_robust.pixels import Box
 from lightning_robust.protocols import LogitsFn
@@ -56,7 +55,7 @@ class PGD:
         Adversarial Examples <https://arxiv.org/abs/1412.6572>`_, 2015 (FGSM).
     """
 
-    threat: ThreatModel | JointThreat
+    threat: Threat
     steps: int = 10
     step_size: float | None = None
     restarts: int = 1

@@ -138,6 +138,7 @@ class SaliencySnapshots(Monitor):
         return {self.area: entry} if entry else {}
 
     def restore(self, entry: Mapping[str, Any]) -> None:
+        self._loaded_step = int(entry.get("global_step", 0))
         for stage, stored in entry.get(self.area, {}).items():
             self._known[stage] = stored
             self._first_seen[stage] = torch.tensor(stored["predictions"])

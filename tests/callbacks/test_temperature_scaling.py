@@ -189,6 +189,7 @@ def test_of_a_single_sample_the_entry_has_what_the_fit_has(tmp_path: Path) -> No
     assert section["nll_scaled"] == pytest.approx(nll(z, y, section["temperature"]), rel=1e-4)
 
 
+@zoo.averaging
 def test_averaged_weights_are_validated_saved_and_fitted_alike(tmp_path: Path) -> None:
     averaging = pl.callbacks.EMAWeightAveraging(decay=0.8)
     callbacks = [averaging, TemperatureScaling(), keeping(tmp_path)]
