@@ -248,5 +248,16 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary() -> str:
+    """How many shapes each group of callbacks serves, and how many need an argument."""
+    outcomes = ("yes", "says so", "error", "not yet")
+    lines = [f"| {len(SHAPES)} shapes | {' | '.join(GROUPS)} |", "|---" * (1 + len(GROUPS)) + "|"]
+    for wanted in outcomes:
+        found = [sum(outcome(shape_of(name), group) == wanted for name in SHAPES) for group in GROUPS]
+        lines.append(f"| {wanted} | {' | '.join(map(str, found))} |")
+    told = sum(needs(shape_of(name)) != "nothing" for name in SHAPES)
+    return "\n".join([*lines, "", f"{told} of the {len(SHAPES)} need an argument besides their pixel space.", ""])
+
+
 def _escaped(text: str) -> str:
     return re.sub(r"\|", r"\\|", text)
