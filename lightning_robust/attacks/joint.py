@@ -134,6 +134,10 @@ class JointThreat:
         """See :meth:`ThreatModel.noise`."""
         return _joined([threat.noise(part, noise) for threat, part in self._parts(clean)])
 
+    def jitter(self, clean: Tensor, noise: Noise = None) -> Tensor:
+        """See :meth:`ThreatModel.jitter`."""
+        return _joined([threat.jitter(part, noise) for threat, part in self._parts(clean)])
+
     def random_start(self, clean: Tensor, box: Box, noise: Noise = None) -> Tensor:
         """See :meth:`ThreatModel.random_start`."""
         boxes = self._boxes(box)
