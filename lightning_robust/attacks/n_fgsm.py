@@ -37,6 +37,7 @@ class NFGSM:
 
     Example:
         >>> import torch
+        >>> from lightning_robust import ThreatModel
         >>> w = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
         >>> attack = NFGSM(ThreatModel("linf", eps=0.1), noise=0.0)
         >>> attack(lambda x: x @ w, torch.full((1, 2), 0.5), torch.tensor([0]))

@@ -44,6 +44,7 @@ class PGD:
     Example:
         The worst case of a linear model is a corner of the box around the input.
 
+        >>> from lightning_robust import ThreatModel
         >>> w = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
         >>> x, y = torch.full((1, 2), 0.5), torch.tensor([0])
         >>> PGD(ThreatModel("linf", eps=0.1), steps=5)(lambda x: x @ w, x, y)

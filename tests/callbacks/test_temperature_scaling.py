@@ -134,6 +134,7 @@ KEEPING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")  # before the first validation
 @pytest.mark.filterwarnings("ignore:the temperature 64 is a bound")  # of a network after three steps
 @pytest.mark.parametrize(("keep", "settings"), KEEPING.values(), ids=KEEPING.keys())
 def test_a_checkpoint_has_the_temperature_of_its_own_weights(

@@ -1,4 +1,4 @@
-"""validate, test and predict, on the trained module or a fresh one, with a checkpoint or without; tuners; several fits."""
+"""validate, test and predict, on the trained module or a fresh one, with a checkpoint or without; tuners; two fits."""
 
 from __future__ import annotations
 
