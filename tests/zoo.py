@@ -450,6 +450,9 @@ def trainer(**settings: Any) -> pl.Trainer:
     return pl.Trainer(**{**quiet, **settings})
 
 
+recent = pytest.mark.skipif(
+    tuple(map(int, pl.__version__.split(".")[:2])) < (2, 6), reason="older Lightnings save and resume at other moments"
+)
 averaging = pytest.mark.skipif(
     not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="this Lightning averages no weights (EMAWeightAveraging)"
 )

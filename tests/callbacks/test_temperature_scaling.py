@@ -134,9 +134,12 @@ KEEPING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")  # before the first validation
 @pytest.mark.filterwarnings("ignore:the temperature 64 is a bound")  # of a network after three steps
-@pytest.mark.parametrize(("keep", "settings"), KEEPING.values(), ids=KEEPING.keys())
+@pytest.mark.parametrize(
+    ("keep", "settings"),
+    # Older Lightnings save that one before the validation whose value it is named by.
+    [pytest.param(*v, id=name, marks=zoo.recent if "every_n" in name else ()) for name, v in KEEPING.items()],
+)
 def test_a_checkpoint_has_the_temperature_of_its_own_weights(
     tmp_path: Path, keep: dict[str, Any], settings: dict[str, Any]
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 
 from lightning_robust import read_entry
 
@@ -103,6 +104,7 @@ def test_from_the_end_of_an_epoch_everything_goes_on_to_the_last_bit(runs: Any) 
     assert_continued(whole, resumed, (2, 0))
 
 
+@zoo.recent
 def test_from_the_middle_of_an_epoch_everything_goes_on_where_the_loader_can(runs: Any) -> None:
     """Lightning hands a loader its state back and counts on; what the epoch had summed up until then is lost to it."""
     whole, resumed = runs(0.0, "step=12.ckpt")
