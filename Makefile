@@ -3,16 +3,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
+# Of two files that pin the same package, the first one wins.
+CONSTRAINTS := constraints.txt
+PIN := $(VENV)/constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PIN)
 # Peers that tests compare with; their pins conflict with everybody's, so they come without dependencies.
 PEERS := torchattacks foolbox eagerpy GitPython gitdb smmap requests urllib3 idna certifi charset-normalizer scipy
 
-.PHONY: setup demo test test-slow bench lint clean
+.PHONY: setup demo tests test test-lowest test-slow bench lint clean
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps $(PEERS)
+	awk -F== '!seen[$$1]++' $(CONSTRAINTS) > $(PIN)
+	$(PIP) torch
+	$(PIP) --editable ".[demo,dev]"
+	$(PIP) --no-deps $(PEERS)
 	touch $(STAMP)
 
 setup: $(STAMP)
@@ -25,8 +30,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+tests: setup
 	$(BIN)/python -m pytest
+
+test: lint tests
+
+# The suite once more, on the lowest versions that pyproject.toml allows.
+test-lowest:
+	$(MAKE) tests VENV=.venv-lowest CONSTRAINTS="constraints-lowest.txt constraints.txt"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -35,4 +46,4 @@ bench: setup
 	$(BIN)/python -m tests.benchmarks
 
 clean:
-	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest runs build dist .mypy_cache .pytest_cache .ruff_cache

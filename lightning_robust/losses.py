@@ -141,16 +141,22 @@ class LossCall:
         sample = torch.arange(len(log_p), device=log_p.device).view(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)
         rows = log_p.reshape(-1, log_p.shape[-1]), labels.flatten(), sample.flatten()
         counted = self._counted().flatten()
-        self._check_classes(rows[1][counted])
+        self.check_classes(rows[1][counted])
         return rows if bool(counted.all()) else (rows[0][counted], rows[1][counted], rows[2][counted])
 
-    def _check_classes(self, labels: Tensor) -> None:
+    def check_classes(self, labels: Tensor) -> None:
+        """Whether there is a logit for every label.
+
+        Raises:
+            ValueError: If not.
+        """
         classes = 2 if self.binary else self.logits.shape[1] if self.logits.ndim > 1 else 1
         if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
             raise ValueError(
                 f"expected labels from 0 to {classes - 1}, as many classes as there are logits, got labels from "
-                f"{int(labels.min())} to {int(labels.max())}. Do this loader and the model speak of the same classes? "
-                "Labels that mean 'none' are those of the loss's ignore_index."
+                f"{int(labels.min())} to {int(labels.max())}. Do this loader and the model speak of the same classes, "
+                "or is a class a partner in the batch (contrastive losses), which other samples do not have? Labels "
+                "that mean 'none' are those of the loss's ignore_index."
             )
 
     def class_logits(self) -> Tensor | None:

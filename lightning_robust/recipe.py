@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import inspect
 import re
 import sys
 import warnings
@@ -37,8 +38,9 @@ def _number(value: Any) -> Any:
 
 def _register_resolvers() -> None:
     # Accepts numbers as well, so that `${frac:${vars.eps}}` works for 0.2 and for 8/255.
-    # OmegaConf 2.4 renamed the function; 2.3 knows the old name only.
-    register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
+    # OmegaConf 2.4 gave the function the name of an older one, which 2.3 still has and which takes other arguments.
+    renamed = "replace" in inspect.signature(OmegaConf.register_resolver).parameters
+    register = OmegaConf.register_resolver if renamed else OmegaConf.register_new_resolver
     register("frac", lambda value: float(_number(value)), replace=True)
 
 

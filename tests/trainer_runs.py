@@ -63,7 +63,7 @@ class Slow(Net):
 
 
 def data(n: int = 48, seed: int = 0, batch_size: int = 16, **settings: Any) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(zoo.images(n, seed), zoo.labels(n)), batch_size, **settings)
+    return DataLoader(TensorDataset(zoo.images(n, seed), zoo.labels(n)), batch_size=batch_size, **settings)
 
 
 def defence(method: str) -> list[Any]:

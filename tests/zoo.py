@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import pytorch_lightning as pl
 import torch
 import torchmetrics
@@ -447,6 +448,14 @@ def trainer(**settings: Any) -> pl.Trainer:
         "max_epochs": 1,
     }
     return pl.Trainer(**{**quiet, **settings})
+
+
+recent = pytest.mark.skipif(
+    tuple(map(int, pl.__version__.split(".")[:2])) < (2, 6), reason="older Lightnings save and resume at other moments"
+)
+averaging = pytest.mark.skipif(
+    not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="this Lightning averages no weights (EMAWeightAveraging)"
+)
 
 
 def built(shape: type[Shape], seed: int = 0) -> Shape:

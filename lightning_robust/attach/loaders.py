@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from lightning_robust.attach.batches import described, leaves
+from lightning_robust.attach.sharded import NOBODY, is_sharded
 from lightning_robust.attach.step import defines
 from lightning_robust.randomness import untouched_random_state
 
@@ -40,7 +41,8 @@ def own_batches(trainer: Any, loader: Any, limit: float = math.inf) -> Iterator[
     """Batches of a loader that this process takes, with the numbers of their samples among all.
 
     Where a distributed sampler has dealt the samples, all batches are this process's; else every world-th one. The
-    global random streams stay as they are, although iterating a loader draws from them.
+    global random streams stay as they are, although iterating a loader draws from them. Where the module is sharded,
+    all processes get equally many: who has none left gets one again, whose samples have the number of nobody.
 
     Args:
         trainer: Knows how many processes there are, and which this one is.
@@ -52,7 +54,9 @@ def own_batches(trainer: Any, loader: Any, limit: float = math.inf) -> Iterator[
     """
     world, rank = trainer.world_size, trainer.global_rank
     dealt = world > 1 and isinstance(getattr(loader, "sampler", None), DistributedSampler)
-    seen = 0
+    together = world > 1 and not dealt and is_sharded(trainer.lightning_module)
+    seen = taken = i = 0
+    batch = None
     with untouched_random_state():
         for i, batch in enumerate(loader):
             n = size_of(batch)
@@ -61,9 +65,12 @@ def own_batches(trainer: Any, loader: Any, limit: float = math.inf) -> Iterator[
             if dealt:
                 yield batch, index * world + rank
             elif i % world == rank:
+                taken += 1
                 yield batch, index
             if seen * (world if dealt else 1) >= limit:
-                return
+                break
+        if together and seen and taken <= i // world:
+            yield batch, torch.full((size_of(batch),), NOBODY)
 
 
 def transferred(trainer: Any, module: Any, batch: Any) -> Any:
@@ -97,4 +104,4 @@ def true_length(loader: Any, world: int) -> int:
     sampler = getattr(loader, "sampler", None)
     if world > 1 and isinstance(sampler, DistributedSampler):
         return len(sampler.dataset)  # type: ignore[arg-type]  # the sampler itself asks for its length
-    return 2**62
+    return NOBODY

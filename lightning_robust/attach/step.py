@@ -39,7 +39,9 @@ class Step:
     def of(cls, module: nn.Module, name: str, *args: Any) -> Step:
         """The call ``module.name(*args)``, with as many of ``args`` as the step takes."""
         function = unpatched(module, name)
-        kinds = [p.kind for p in inspect.signature(function).parameters.values()]
+        # What wraps a bound method (torch's register_fsdp_forward_method) shows that method's arguments less one.
+        inner = inspect.unwrap(function)
+        kinds = [p.kind for p in inspect.signature(inner if inspect.ismethod(inner) else function).parameters.values()]
         if inspect.Parameter.VAR_POSITIONAL not in kinds:
             takes = sum(
                 k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in kinds

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_robust.attacks.joint import JointThreat
+from lightning_robust.attacks.joint import Threat
 from lightning_robust.attacks.objectives import cross_entropy, input_gradient
-from lightning_robust.attacks.threat import ThreatModel
 from lightning_robust.modes import gradients
 from lightning_robust.pixels import clamped
 from lightning_robust.protocols import LogitsFn
@@ -38,6 +37,7 @@ class NFGSM:
 
     Example:
         >>> import torch
+        >>> from lightning_robust import ThreatModel
         >>> w = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
         >>> attack = NFGSM(ThreatModel("linf", eps=0.1), noise=0.0)
         >>> attack(lambda x: x @ w, torch.full((1, 2), 0.5), torch.tensor([0]))
@@ -48,7 +48,7 @@ class NFGSM:
         <https://arxiv.org/abs/2202.01181>`_, 2022, algorithm 1.
     """
 
-    threat: ThreatModel | JointThreat
+    threat: Threat
     noise: float = 2.0
     step: float = 1.0
     objective: Callable[..., Any] | None = None

@@ -10,13 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_robust.attacks.joint import JointThreat
+from lightning_robust.attacks.joint import Threat
 from lightning_robust.attacks.objectives import cross_entropy, input_gradient, margin_of
-from lightning_robust.attacks.threat import ThreatModel
 from lightning_robust.modes import gradients
 from lightning_robust.pixels import Box
 from lightning_robust.protocols import LogitsFn
-from lightning_robust.randomness import Noise, normal
+from lightning_robust.randomness import Noise
 
 __all__ = ["PGD"]
 
@@ -34,8 +33,8 @@ class PGD:
         step_size: In pixel units. ``None``: ``2.5 * eps / steps``, which can reach the far side of the ball.
         restarts: Independent starts; of their results the one with the largest margin is kept, sample by sample.
         start: ``"uniform"`` in the ball, ``"zero"`` (the clean input), or ``"gaussian"`` (TRADES' ``0.001 * N(0, 1)``,
-            for objectives whose gradient vanishes at the clean input). ``None``: what the training method needs, else
-            uniform.
+            in units of the pixel range, for objectives whose gradient vanishes at the clean input). ``None``: what the
+            training method needs, else uniform.
         objective: ``(logits, y) -> (N,)``, climbed. ``None``: the loss that the user's own step calls where a callback
             runs the attack, else cross-entropy.
 
@@ -45,6 +44,7 @@ class PGD:
     Example:
         The worst case of a linear model is a corner of the box around the input.
 
+        >>> from lightning_robust import ThreatModel
         >>> w = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
         >>> x, y = torch.full((1, 2), 0.5), torch.tensor([0])
         >>> PGD(ThreatModel("linf", eps=0.1), steps=5)(lambda x: x @ w, x, y)
@@ -56,7 +56,7 @@ class PGD:
         Adversarial Examples <https://arxiv.org/abs/1412.6572>`_, 2015 (FGSM).
     """
 
-    threat: ThreatModel | JointThreat
+    threat: Threat
     steps: int = 10
     step_size: float | None = None
     restarts: int = 1
@@ -131,7 +131,7 @@ class PGD:
         if self.start == "zero":
             pixels = clean
         elif self.start == "gaussian":
-            pixels = threat.project(clean + 0.001 * normal(clean, noise), clean, box)
+            pixels = threat.project(clean + threat.jitter(clean, noise), clean, box)
         else:
             pixels = threat.random_start(clean, box, noise)
         for _ in range(self.steps):

@@ -70,6 +70,11 @@ class ThreatModel:
         radius = uniform(clean.flatten(1)[:, :1], noise) ** (1 / max(clean[0].numel(), 1))
         return direction * _per_sample(radius, clean) * self.eps
 
+    def jitter(self, clean: Tensor, noise: Noise = None) -> Tensor:
+        """TRADES' start, ``0.001 * N(0, 1)``, which is meant for pixels in [0, 1]: in proportion for other bounds."""
+        low, high = self.pixels.bounds or (0.0, 1.0)
+        return 0.001 * (high - low) * normal(clean, noise)
+
     def random_start(self, clean: Tensor, box: Box, noise: Noise = None) -> Tensor:
         """A uniformly distributed point of each ball, moved into the box."""
         return clamped(clean + self.noise(clean, noise), box)

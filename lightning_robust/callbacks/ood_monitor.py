@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from lightning_robust.attach.listener import Heard, step_context
 from lightning_robust.attach.loaders import own_batches, size_of, transferred, true_length
 from lightning_robust.attach.monitor import Monitor
 from lightning_robust.attach.probe import Probe
+from lightning_robust.attach.sharded import takes_part
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.losses import LossCall
@@ -139,7 +140,8 @@ class OODMonitor(Monitor):
         with self._readable(trainer, step, stage):
             for name in self.sets:
                 # One batch of each set: whether it is made as this model needs it.
-                first = next(self._calls(trainer, step, name, 1), None)
+                with closing(self._calls(trainer, step, name, 1)) as calls:
+                    first = next(calls, None)
                 if first is None and trainer.world_size == 1:  # of several processes one may well have no batch
                     raise ValueError(
                         f"OOD set {name!r}: expected foreign inputs, got no batch at all. Give a data set or loader "
@@ -156,7 +158,7 @@ class OODMonitor(Monitor):
             return
         with self._readable(trainer, step, stage):
             if self.synthetic:
-                self._score_synthetic(step)
+                self._score_synthetic(trainer, step)
             else:
                 self._score_sets(trainer, step)
 
@@ -197,9 +199,9 @@ class OODMonitor(Monitor):
 
     # -- what ----------------------------------------------------------------------------------------------------
 
-    def _score_synthetic(self, step: Step) -> None:
+    def _score_synthetic(self, trainer: Any, step: Step) -> None:
         index, keep = self.listener.index, self.listener.counts & (self.listener.index < self.max_samples)
-        if not bool(keep.any()):
+        if not takes_part(trainer, step.module, index, keep, self.max_samples):
             return
         with self.probe.reading(step, listening=True) as reading:
             x = reading.x
@@ -219,7 +221,9 @@ class OODMonitor(Monitor):
             for call, index, keep in self._calls(trainer, step, name, self.max_samples):
                 self._add(self._tables[name], call, index, keep)
 
-    def _calls(self, trainer: Any, step: Step, name: str, limit: int) -> Iterator[tuple[LossCall, Tensor, Tensor]]:
+    def _calls(
+        self, trainer: Any, step: Step, name: str, limit: int
+    ) -> Generator[tuple[LossCall, Tensor, Tensor], None, None]:
         """What the step says of the batches of a set, the number of each sample, and whether it counts."""
         route = self.probe.route(step, listening=True)
         like = get(step.batch, route.input)

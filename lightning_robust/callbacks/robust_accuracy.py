@@ -19,6 +19,7 @@ from lightning_robust.attach.loaders import evaluation_loaders
 from lightning_robust.attach.monitor import Monitor, suffixes
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.reading import Reading
+from lightning_robust.attach.sharded import takes_part
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.attacks import NFGSM, PGD
@@ -130,7 +131,7 @@ class RobustAccuracy(Monitor):
         scores = self._scores.setdefault(loader, self._empty())
         index = self.listener.index
         keep = self.listener.counts & (index < self.max_samples)
-        if not bool(keep.any()):
+        if not takes_part(trainer, step.module, index, keep, self.max_samples):
             return
         # The precision of the run, except for autocast: robust accuracy in half precision is no robust accuracy.
         step = self.listener.readable(stage)

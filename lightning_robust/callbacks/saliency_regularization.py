@@ -53,7 +53,8 @@ class SaliencyRegularization(RobustCallback):
         name: Tells two callbacks of this class with one kind of penalty apart.
 
     Logs ``robust/train/{penalty}`` (weighted) and ``robust/train/{penalty}_weight``, e.g.
-    ``robust/train/input_gradient``. Needs automatic optimisation.
+    ``robust/train/input_gradient``. Under manual optimisation it joins the first ``self.manual_backward(loss)``
+    behind the loss that it is about.
 
     Raises:
         ValueError: If a setting is out of range.

@@ -138,6 +138,7 @@ class SaliencySnapshots(Monitor):
         return {self.area: entry} if entry else {}
 
     def restore(self, entry: Mapping[str, Any]) -> None:
+        self._loaded_step = int(entry.get("global_step", 0))
         for stage, stored in entry.get(self.area, {}).items():
             self._known[stage] = stored
             self._first_seen[stage] = torch.tensor(stored["predictions"])
@@ -243,6 +244,7 @@ class SaliencySnapshots(Monitor):
         x, target = probes.x.to(reading.x.device, reading.x.dtype), probes.label.to(reading.x.device)
         with torch.no_grad():
             call = reading.read(x)
+        call.check_classes(target)
         predictions = call.predictions().flatten().cpu()
         confidences = call.log_probabilities().flatten(1).amax(1).exp().cpu()
         anchor = self._first_seen.setdefault(stage, predictions)

@@ -52,7 +52,7 @@ def test_a_distributed_sampler_does_not_lengthen_the_data() -> None:
 
 
 def process(rank: int = 0, world: int = 1) -> SimpleNamespace:
-    return SimpleNamespace(world_size=world, global_rank=rank)
+    return SimpleNamespace(world_size=world, global_rank=rank, lightning_module=None)
 
 
 NUMBERS = TensorDataset(torch.arange(101))

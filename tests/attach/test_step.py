@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from typing import Any
 
 import pytest
@@ -53,3 +55,15 @@ def test_only_what_the_user_wrote_counts_as_defined() -> None:
     assert defines(Steps(), "validation_step")
     assert not defines(zoo.NamedTupleBatch(), "validation_step")
     assert not defines(pl.LightningDataModule(), "test_dataloader")
+
+
+def test_a_wrapper_around_a_bound_method_takes_what_that_method_takes() -> None:
+    module = Steps()
+    original = module.validation_step
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:  # as torch.distributed.fsdp.register_fsdp_forward_method
+        return original(*args, **kwargs)
+
+    vars(module)["validation_step"] = types.MethodType(wrapper, module)
+    assert Step.of(module, "validation_step", 1, 2).run() == ("validation", 1, 2, 0)

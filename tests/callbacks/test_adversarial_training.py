@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_robust import NFGSM, PGD, AdversarialTraining, PixelSpace, ThreatModel
+from lightning_robust.attacks import JointThreat
 from lightning_robust.randomness import seeded
 
 THREAT = ThreatModel("linf", 0.1)
@@ -365,3 +366,48 @@ def test_adversarial_training_holds_where_standard_training_falls() -> None:
         robust[name] = float(trainer.callback_metrics["robust/test/accuracy"])
     assert robust["standard"] < 0.05
     assert robust["n-fgsm"] > 0.85
+
+
+# -- several inputs --------------------------------------------------------------------------------------------------
+
+
+class TwoInputs(zoo.Shape):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = torch.nn.Linear(5, 10)
+
+    @staticmethod
+    def batch(n: int) -> Any:
+        rows = torch.randn(n, 5, generator=torch.Generator().manual_seed(3))
+        return {"picture": zoo.images(n), "label": zoo.labels(n), "rows": rows}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return torch.nn.functional.cross_entropy(
+            self.net(batch["picture"]) + self.second(batch["rows"]), batch["label"]
+        )
+
+
+@pytest.mark.parametrize("method", ["madry", "trades"])
+def test_each_of_several_inputs_stays_in_its_own_ball_and_they_climb_together(method: str) -> None:
+    picture, rows = ThreatModel("linf", 0.1), ThreatModel("l2", 0.5, PixelSpace(bounds=None))
+    fed: list[Any] = []
+
+    class Keeping(AdversarialTraining):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            route = self.probe.routes["training_step"]
+            fed.append({path[0]: x for path, x in route.inputs.into(batch, self._perturbed()).items()})
+
+    attack = PGD(JointThreat((picture, rows)), steps=4)
+    callback = Keeping(attack, method, input_key=["picture", "rows"])
+    module, batch = zoo.built(TwoInputs), TwoInputs.batch(16)
+    before = copy.deepcopy(module).eval()
+    zoo.trainer(callbacks=[callback], max_steps=1).fit(module, zoo.loader(TwoInputs))
+    moved = {key: fed[0][key] for key in ("picture", "rows")}
+    assert float((moved["picture"] - batch["picture"]).abs().max()) == pytest.approx(0.1, rel=1e-5)
+    assert float((moved["rows"] - batch["rows"]).norm(dim=1).max()) == pytest.approx(0.5, rel=1e-5)
+
+    def loss(**changed: Tensor) -> float:
+        with torch.no_grad():
+            return float(before.training_step({**batch, **changed}, 0))
+
+    assert loss() < min(loss(picture=moved["picture"]), loss(rows=moved["rows"])) < loss(**moved)

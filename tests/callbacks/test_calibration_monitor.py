@@ -248,6 +248,7 @@ def test_each_loader_has_numbers_of_its_own_and_heads_may_differ() -> None:
         assert {k: found[k] for k in expected} == pytest.approx(expected, rel=2e-5)
 
 
+@zoo.averaging
 def test_averaged_weights_are_measured_where_validation_uses_them() -> None:
     ema = pl.callbacks.EMAWeightAveraging(decay=0.5)
     kept: list[Any] = []

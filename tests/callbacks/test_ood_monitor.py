@@ -551,6 +551,7 @@ def test_of_several_loaders_the_first_is_not_foreign() -> None:
     assert found == near(by_hand(logits(module, zoo.images(90)), logits(module, X), "ood/val/s"))
 
 
+@zoo.averaging
 def test_averaged_weights_score_both_sides() -> None:
     """They are swapped in for validation, and out again before the epoch's end hooks of callbacks behind."""
     seen: list[Any] = []

@@ -557,6 +557,7 @@ def test_a_step_that_writes_into_its_batch_and_has_no_loss_is_explained_all_the_
     assert_maps(last_maps(callback, "gradient"), gradient.abs().sum(1))
 
 
+@zoo.averaging
 @pytest.mark.parametrize("last", [False, True])
 def test_averaged_weights_are_explained_where_validation_measures_them(last: bool) -> None:
     callback, moments = SaliencySnapshots(METHODS, samples=4), Moments()

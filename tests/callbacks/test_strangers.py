@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import inspect
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -178,6 +179,10 @@ def test_a_network_compiled_ahead_of_time_trains_and_is_measured(method: str) ->
     assert "robust/val/accuracy" in trainer.callback_metrics
 
 
+@pytest.mark.skipif(
+    "weights_only" not in inspect.signature(pl.Trainer.validate).parameters,
+    reason="this Lightning cannot be told to load objects",
+)
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_checkpoint_that_only_lightning_can_load_is_no_obstacle(tmp_path: Any) -> None:
     class WithPartial(zoo.ListBatch):

@@ -135,7 +135,11 @@ KEEPING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.filterwarnings("ignore:the temperature 64 is a bound")  # of a network after three steps
-@pytest.mark.parametrize(("keep", "settings"), KEEPING.values(), ids=KEEPING.keys())
+@pytest.mark.parametrize(
+    ("keep", "settings"),
+    # Older Lightnings save that one before the validation whose value it is named by.
+    [pytest.param(*v, id=name, marks=zoo.recent if "every_n" in name else ()) for name, v in KEEPING.items()],
+)
 def test_a_checkpoint_has_the_temperature_of_its_own_weights(
     tmp_path: Path, keep: dict[str, Any], settings: dict[str, Any]
 ) -> None:
@@ -189,6 +193,7 @@ def test_of_a_single_sample_the_entry_has_what_the_fit_has(tmp_path: Path) -> No
     assert section["nll_scaled"] == pytest.approx(nll(z, y, section["temperature"]), rel=1e-4)
 
 
+@zoo.averaging
 def test_averaged_weights_are_validated_saved_and_fitted_alike(tmp_path: Path) -> None:
     averaging = pl.callbacks.EMAWeightAveraging(decay=0.8)
     callbacks = [averaging, TemperatureScaling(), keeping(tmp_path)]

@@ -178,7 +178,10 @@ def told(name: str, kind: Any, *, training: bool = False, **settings: Any) -> di
     shape = shape_of(name)
     asked: Mapping[str, Any] = {**shape.arguments, **(shape.in_training if training else {})}
     taken = inspect.signature(kind).parameters
-    return {**settings, **{key: value for key, value in asked.items() if key in taken}}
+    given = {**settings, **{key: value for key, value in asked.items() if key in taken}}
+    if isinstance(given.get("input_key"), list) and kind in (OODMonitor, SaliencySnapshots):
+        given["input_key"] = given["input_key"][0]  # who shows one input is told which
+    return given
 
 
 def adversary(name: str, method: str) -> AdversarialTraining:
@@ -243,6 +246,17 @@ def markdown() -> str:
         cells = [outcome(shape, group) for group in GROUPS]
         lines.append(f"| {_escaped(shape.about)} | {needs(shape)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def summary() -> str:
+    """How many shapes each group of callbacks serves, and how many need an argument."""
+    outcomes = ("yes", "says so", "error", "not yet")
+    lines = [f"| {len(SHAPES)} shapes | {' | '.join(GROUPS)} |", "|---" * (1 + len(GROUPS)) + "|"]
+    for wanted in outcomes:
+        found = [sum(outcome(shape_of(name), group) == wanted for name in SHAPES) for group in GROUPS]
+        lines.append(f"| {wanted} | {' | '.join(map(str, found))} |")
+    told = sum(needs(shape_of(name)) != "nothing" for name in SHAPES)
+    return "\n".join([*lines, "", f"{told} of the {len(SHAPES)} need an argument besides their pixel space.", ""])
 
 
 def _escaped(text: str) -> str:

@@ -85,6 +85,7 @@ def test_reset_forgets() -> None:
         assert math.isnan(metric.compute())
 
 
+@pytest.mark.skipif(not hasattr(CalibrationError, "merge_state"), reason="this torchmetrics merges no states")
 def test_two_halves_are_merged_into_one() -> None:
     first, second = measured(LOGITS[:700], TARGETS[:700]), measured(LOGITS[700:], TARGETS[700:])
     first.merge_state(second)
@@ -145,7 +146,7 @@ def test_it_can_be_updated_in_inference_mode_and_afterwards() -> None:
 
 def test_misuse_is_named() -> None:
     metric = CalibrationError()
-    with pytest.raises(ValueError, match=r"labels in \[0, 7\), got \[9\]"):
+    with pytest.raises(ValueError, match=r"labels from 0 to 6, .*got labels from 0 to 9"):
         metric.update(LOGITS[:2], torch.tensor([9, 0]))
     with pytest.raises(ValueError, match="integer classes"):
         metric.update(LOGITS[:2], torch.tensor([0.5, 0.5]))

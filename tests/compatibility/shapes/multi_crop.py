@@ -2,14 +2,13 @@
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_PICTURES, Shape, batches, conv_net, images, labels
+from compatibility.common import Shape, batches, conv_net, images, labels
 from torch.nn import functional as F
 
 SHAPE = Shape(
     "a list of crops whose logits are averaged",
     inputs=((0, 0), (0, 1)),
     arguments={"input_key": [(0, 0), (0, 1)]},
-    says={"ood": NO_PICTURES},
 )
 
 

@@ -2,7 +2,7 @@
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_PICTURES, Shape, batches, features, images, labels
+from compatibility.common import Shape, batches, features, images, labels
 from torch import nn
 from torch.nn import functional as F
 
@@ -10,7 +10,6 @@ SHAPE = Shape(
     "two pictures, one tower each",
     inputs=(("left",), ("right",)),
     arguments={"input_key": ["left", "right"]},
-    says={"ood": NO_PICTURES},
 )
 
 
