@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # a minute and more of two processes
+
 TRAINING = ("plain", "madry", "trades", "n-fgsm", "finite", "madry+finite")
 MONITORS = ("calibration", "temperature", "after-fit", "robust", "restarts", "ood", "few", "snapshots")
 ALL = (*TRAINING, *MONITORS, "every")
@@ -63,7 +65,6 @@ def test_a_loss_inside_of_the_sharded_forward_works_though_reading_leaves_it_mid
     assert_alike(run("inside", SOME, "fsdp", "ddp"), SOME)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["root", "inside", "method"])
 def test_every_callback_works_wherever_the_user_shards(run: Run, case: str) -> None:
     assert_alike(run(case, ALL, "fsdp", "ddp"), ALL)
