@@ -122,10 +122,12 @@ def input_of(
         paths = _chosen(read.reaching(), named, read, where)
         if paths:
             return paths, False
+    refused = ""
     for trial in [named] if named is not None else [(path,) for path in _pictures(batch)]:
         try:
             other = tracked(call, step, {path: get(batch, path) for path in trial}, state, True)
-        except Exception:  # what a step does with floats where it expects integers is its own affair
+        except Exception as error:  # of any kind: what a step does with floats in the place of integers
+            refused = f" With floats there it says: {type(error).__name__}: {error}"
             continue
         # A step that scales bytes, and not floats, would be attacked on other pictures than it trains on.
         if torch.equal(other.call.logits.detach(), read.call.logits.detach()):
@@ -136,9 +138,9 @@ def input_of(
         raise ProbeError(
             f"input_key names integers, {' and '.join(map(shown, named))}, but {where} does not take floats in their "
             "place, or does something else with them. Token ids cannot be perturbed; cast integer pictures to float "
-            "in the data pipeline."
+            f"in the data pipeline.{refused}"
         )
-    raise no_input(batch, where)
+    raise no_input(batch, where, refused)
 
 
 def counted_by(call: LossCall, batch: Any) -> Path:
@@ -248,13 +250,13 @@ def _expression(batch: Any, path: Path) -> str:
     return text
 
 
-def no_input(batch: Any, where: str) -> ProbeError:
+def no_input(batch: Any, where: str, refused: str = "") -> ProbeError:
     """The error for logits that no leaf can be differentiated from."""
     if not floats_of(batch):
         return ProbeError(
             f"the batch of {where} has no floating-point input to differentiate: {described(batch)}. Token ids cannot "
             "be perturbed. Integer pictures are perturbed where the step takes floats in their place and gives the "
-            "same logits; else cast them to float in the data pipeline."
+            f"same logits; else cast them to float in the data pipeline.{refused}"
         )
     return ProbeError(
         f"no gradient reaches a floating-point input of {where}: {described(batch)}. Is the network (a frozen "

@@ -101,7 +101,10 @@ class JointThreat:
     def __post_init__(self) -> None:
         object.__setattr__(self, "threats", tuple(self.threats))
         if len(self.threats) < 2 or not all(isinstance(threat, ThreatModel) for threat in self.threats):
-            raise ValueError(f"JointThreat takes a threat model for each of two or more inputs, got {self.threats!r}.")
+            raise ValueError(
+                f"JointThreat takes a threat model for each of two or more inputs, got {self.threats!r}; for one input "
+                "give the attack its ThreatModel."
+            )
 
     def __str__(self) -> str:
         return "+".join(map(str, self.threats))

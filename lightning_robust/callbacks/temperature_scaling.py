@@ -103,7 +103,7 @@ class TemperatureScaling(Monitor):
         self.when, self.dataloader, self.checkpoints, self.apply = when, dataloader, checkpoints, apply
         self.max_samples, self.bins, self.seed = max_samples, bins, seed
         self._weights_step: int | None = None  # that the weights in memory are from, as far as we have seen
-        self._bound_said = False
+        self._bound_said = self._fitting = False
         self._routes: list[Route] = []  # to the logits that the temperature is about
         self._saved: dict[str, None] = {}  # files that checkpoint callbacks wrote in this fit, in order
         self._reservoir = Reservoir(max_samples, seed)
@@ -129,7 +129,8 @@ class TemperatureScaling(Monitor):
     def restore(self, entry: Mapping[str, Any]) -> None:
         section = entry.get(self.area, {})
         if "temperature" in section:
-            stored_temperature(entry, name=self.name)  # says if it belongs to other weights
+            if not self._fitting:  # a resumed fit fits it anew before anybody uses it
+                stored_temperature(entry, name=self.name)  # says if it belongs to other weights
             own = ("temperature", "at_bound", "fit_step", "samples", "nll", "nll_scaled")
             self._entry = {key: section[key] for key in own}
             self._routes = routes_in(entry)
@@ -139,7 +140,8 @@ class TemperatureScaling(Monitor):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._bound_said = False
-        if stage == "fit":
+        self._fitting = stage == "fit"
+        if self._fitting:
             self._saved = {}
 
     def attach(self, trainer: Any, pl_module: Any) -> None:

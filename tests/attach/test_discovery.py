@@ -146,7 +146,7 @@ def test_a_second_softmax_is_warned_of_once_and_read_as_it_is(shape: Any) -> Non
 def test_ordinary_losses_are_not_warned_of(shape: type[zoo.Shape]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        discovered(shape)
+        assert discovered(shape).differentiable
 
 
 class Focal(zoo.Shape):

@@ -169,4 +169,6 @@ def test_a_fit_without_validation_is_told_so_once(name: str) -> None:
 def test_who_measures_in_test_alone_needs_no_validation() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*this fit has no.*")
-        zoo.trainer(callbacks=[CalibrationMonitor(stages=["test"])]).fit(zoo.built(zoo.ListBatch), data())
+        trainer = zoo.trainer(callbacks=[CalibrationMonitor(stages=["test"])])
+        trainer.fit(zoo.built(zoo.ListBatch), data())
+    assert trainer.global_step == 2

@@ -163,6 +163,15 @@ def test_a_checkpoint_saved_between_validations_is_stale(tmp_path: Path) -> None
         load_temperature(late, strict=True)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_fit_that_goes_on_from_there_fits_anew_and_is_not_warned(tmp_path: Path) -> None:
+    fit(zoo.built(Both), keeping(tmp_path, every_n_train_steps=4), TemperatureScaling(), enable_checkpointing=True)
+    trainer = zoo.trainer(callbacks=[TemperatureScaling()], max_epochs=3)
+    trainer.fit(zoo.built(Both), training(), data(), ckpt_path=tmp_path / "1-12.ckpt")  # a warning would be an error
+    assert float(trainer.callback_metrics["calibration/val/temperature"]) > 0
+
+
 @pytest.mark.parametrize("when", ["validation", "after_fit"])
 def test_the_entry_says_what_was_fitted_and_how_well_it_does_on_other_samples(tmp_path: Path, when: str) -> None:
     module = zoo.built(Both)

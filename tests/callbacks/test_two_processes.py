@@ -37,6 +37,7 @@ def test_two_processes_measure_what_one_measures_and_train_one_model(tmp_path: P
     assert len({key for key in others if key.startswith("calibration/val")}) == 6 + 7
     assert len({key for key in others if key.startswith("ood/val")}) == 3 * 4 * 5
     assert len({key for key in others if key.startswith("ood.given/val")}) == 2 * 4 * 5
+    assert len({key for key in others if key.startswith("ood.single/val")}) == 5
     assert len({key for key in others if "/test/" in key}) == 6 + 3 * 4 * 5 + 2 * 4 * 5
     assert {"calibration/val/temperature", "calibration.few/val/temperature"} <= others
     assert one["calibration/val/temperature"] != one["calibration.few/val/temperature"]

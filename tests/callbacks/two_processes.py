@@ -83,6 +83,7 @@ def main(processes: int, result: Path) -> None:
         CalibrationMonitor(),
         OODMonitor(max_samples=70, seed=1),
         OODMonitor({"set": foreign, "loader": DataLoader(foreign, 5)}, name="given"),
+        OODMonitor({"one": TensorDataset(foreign.tensors[0][:1])}, scores=["msp"], name="single"),  # one rank has none
         TemperatureScaling(),
     ]
     few = TemperatureScaling(max_samples=60, name="few")  # a random choice, the same whoever holds which samples

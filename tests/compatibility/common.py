@@ -29,6 +29,7 @@ class Shape:
         says: For a group of monitors, a pattern of the warning that nothing is measured.
         gaps: For a group of callbacks, why it does not serve this shape and has no clear error for it.
         warns: Patterns of other warnings of ours, in every fit with callbacks.
+        monitors_warn: Patterns of other warnings of monitors.
         noise: Patterns of warnings that Lightning or torch give with or without us.
         pixels: Of the input.
         eps: Of the attack, in pixels.
@@ -46,6 +47,7 @@ class Shape:
     says: Mapping[str, str] = field(default_factory=dict)
     gaps: Mapping[str, str] = field(default_factory=dict)
     warns: tuple[str, ...] = ()
+    monitors_warn: tuple[str, ...] = ()
     noise: tuple[str, ...] = ()
     pixels: PixelSpace = field(default_factory=PixelSpace)
     eps: float = 0.1

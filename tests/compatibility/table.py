@@ -135,7 +135,7 @@ def plain(name: str, validation: bool = True, sanity: int = 0) -> Run:
 @contextmanager
 def _declared(shape: Shape) -> Iterator[list[Any]]:
     with warnings.catch_warnings(record=True) as caught:
-        for pattern in (*shape.says.values(), *shape.warns, *shape.noise):
+        for pattern in (*shape.says.values(), *shape.warns, *shape.monitors_warn, *shape.noise):
             warnings.filterwarnings("always", f"(?s).*{pattern}")
         yield caught  # all others are errors, as in the whole suite
 

@@ -131,7 +131,6 @@ class Tuned(Slow):
         return data()
 
 
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # the tuners' own advice
 @pytest.mark.parametrize("tool", ["lr_find", "scale_batch_size"])
 def test_a_tuner_finds_what_it_finds_without_us_and_training_goes_on(tool: str, tmp_path: Path) -> None:
     def tuned(callbacks: list[Any]) -> tuple[Any, Tuned, pl.Trainer]:
@@ -152,7 +151,6 @@ def test_a_tuner_finds_what_it_finds_without_us_and_training_goes_on(tool: str, 
     assert "robust/val/accuracy" in trainer.callback_metrics
 
 
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_beside_the_tuners_callback_it_says_that_clean_training_is_tuned(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

@@ -22,6 +22,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], int, int]] = {
     "limit_train_batches": ({"limit_train_batches": 2, "max_epochs": 2}, 4, 2),
     "limit_train_batches, a share": ({"limit_train_batches": 0.34}, 1, 1),
     "limit_val_batches": ({"limit_val_batches": 1, "max_epochs": 2}, 6, 2),
+    "limit_val_batches, a share": ({"limit_val_batches": 0.67}, 3, 1),
+    "limit_train_batches=0": ({"limit_train_batches": 0}, 0, 0),
     "limit_val_batches=0": ({"limit_val_batches": 0}, 3, 0),
     "val_check_interval=0.34": ({"val_check_interval": 0.34}, 3, 3),
     "val_check_interval=2": ({"val_check_interval": 2, "max_epochs": 2, "check_val_every_n_epoch": None}, 6, 3),

@@ -6,7 +6,9 @@ from compatibility.common import Shape, conv_net, pairs
 from torch.nn import functional as F
 
 SHAPE = Shape(
-    "a student under `kl_div` to a frozen teacher", warns=("have no energy",), noise=("in eval mode at the start",)
+    "a student under `kl_div` to a frozen teacher",
+    monitors_warn=("have no energy",),
+    noise=("in eval mode at the start",),
 )
 train_loader = val_loader = pairs
 

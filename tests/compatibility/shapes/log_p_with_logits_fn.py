@@ -1,31 +1,11 @@
 """`-log p[y]` written by hand, with `logits_fn=`."""
 
-import pytorch_lightning as pl
-import torch
-from compatibility.common import Shape, conv_net, pairs
-from torch.nn import functional as F
+from compatibility.common import Shape
+from compatibility.shapes.log_p_by_hand import Module, train_loader, val_loader
+
+__all__ = ["SHAPE", "Module", "train_loader", "val_loader"]
 
 SHAPE = Shape(
     "`-log p[y]` written by hand, with `logits_fn=`",
     arguments={"logits_fn": lambda module, batch: module.net(batch[0]), "target_key": 1},
 )
-train_loader = val_loader = pairs
-
-
-class Module(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = conv_net()
-
-    def loss(self, batch):
-        x, y = batch
-        return -F.log_softmax(self.net(x), dim=1)[torch.arange(len(y)), y].mean()
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(batch)
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.loss(batch))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -5,7 +5,7 @@ import torch
 from compatibility.common import Shape, conv_net, pairs
 from torch.nn import functional as F
 
-SHAPE = Shape("log-softmax in forward and `nll_loss`", warns=("have no energy",))
+SHAPE = Shape("log-softmax in forward and `nll_loss`", monitors_warn=("have no energy",))
 train_loader = val_loader = pairs
 
 
