@@ -150,11 +150,14 @@ class LossCall:
         Raises:
             ValueError: If not.
         """
+        if not labels.numel():
+            return
         classes = 2 if self.binary else self.logits.shape[1] if self.logits.ndim > 1 else 1
-        if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
+        low, high = (int(end) for end in labels.aminmax())
+        if low < 0 or high >= classes:
             raise ValueError(
                 f"expected labels from 0 to {classes - 1}, as many classes as there are logits, got labels from "
-                f"{int(labels.min())} to {int(labels.max())}. Do this loader and the model speak of the same classes, "
+                f"{low} to {high}. Do this loader and the model speak of the same classes, "
                 "or is a class a partner in the batch (contrastive losses), which other samples do not have? Labels "
                 "that mean 'none' are those of the loss's ignore_index."
             )
