@@ -13,7 +13,17 @@ from lightning_robust._version import __version__
 if TYPE_CHECKING:
     from lightning_robust.attach.checkpoint import read_entry
     from lightning_robust.attach.scaling import calibrated, load_temperature
-    from lightning_robust.attacks import NFGSM, PGD, ThreatModel
+    from lightning_robust.attacks import (
+        APGD,
+        FGSM,
+        NFGSM,
+        PGD,
+        AutoAttack,
+        Square,
+        ThreatModel,
+        UniformNoise,
+        WorstCase,
+    )
     from lightning_robust.callbacks import (
         AdversarialTraining,
         CalibrationMonitor,
@@ -29,9 +39,12 @@ if TYPE_CHECKING:
     from lightning_robust.pixels import PixelSpace
 
 __all__ = [
+    "APGD",
+    "FGSM",
     "NFGSM",
     "PGD",
     "AdversarialTraining",
+    "AutoAttack",
     "CalibratedMixin",
     "CalibrationMonitor",
     "InputGradientPenalty",
@@ -42,8 +55,11 @@ __all__ = [
     "RobustTrainingMixin",
     "SaliencyRegularization",
     "SaliencySnapshots",
+    "Square",
     "TemperatureScaling",
     "ThreatModel",
+    "UniformNoise",
+    "WorstCase",
     "__version__",
     "calibrated",
     "frozen",
@@ -52,9 +68,12 @@ __all__ = [
 ]
 
 _HOME = {
+    "APGD": "attacks",
+    "FGSM": "attacks",
     "NFGSM": "attacks",
     "PGD": "attacks",
     "AdversarialTraining": "callbacks",
+    "AutoAttack": "attacks",
     "CalibratedMixin": "mixins",
     "CalibrationMonitor": "callbacks",
     "InputGradientPenalty": "penalties",
@@ -65,8 +84,11 @@ _HOME = {
     "RobustTrainingMixin": "mixins",
     "SaliencyRegularization": "callbacks",
     "SaliencySnapshots": "callbacks",
+    "Square": "attacks",
     "TemperatureScaling": "callbacks",
     "ThreatModel": "attacks",
+    "UniformNoise": "attacks",
+    "WorstCase": "attacks",
     "calibrated": "attach.scaling",
     "frozen": "modes",
     "load_temperature": "attach.scaling",

@@ -173,6 +173,18 @@ class LossCall:
             return two_class(z) if z.ndim == 1 or z.shape[1:] == (1,) else None
         return z if z.ndim == 2 and self.kind == "cross_entropy" else None
 
+    def class_view(self) -> tuple[Tensor, Tensor]:
+        """Scores ``(N, K, ...)`` and right answers that every multi-class objective takes.
+
+        A yes/no output is two classes, as log-probabilities; other heads are as they are. Labels that do not count
+        are -100, whatever this loss calls them.
+        """
+        if self.binary:
+            return self.log_probabilities(), self.labels()
+        if self.target.shape == self.logits.shape:
+            return self.logits, self.target
+        return self.logits, self.target.masked_fill(~self._counted(), -100)
+
     def scaled(self, temperature: float) -> LossCall:
         """The same call with its probabilities at a temperature, ``softmax(z / T)``; the kind stays what it is."""
         z = self.logits / temperature

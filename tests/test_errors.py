@@ -73,7 +73,7 @@ def penalty(*arguments: Any, **settings: Any) -> Callable[[], list[Any]]:
 
 
 CONSTRUCTORS: dict[str, Row] = {
-    "a typo in a method": Row(trained(ATTACK, "trade"), r"one of madry, trades, n-fgsm; got 'trade'.*mean 'trades'"),
+    "a typo in a method": Row(trained(ATTACK, "trade"), r"one of madry, trades, mart, .*; got 'trade'.*mean 'trades'"),
     "beta without trades": Row(trained(ATTACK, beta=6.0), r"beta= .*'trades'.*'madry' has none. Leave it out"),
     "trades with an attack of its own": Row(
         trained(NFGSM(THREAT), "trades"), r"give a PGD or a ThreatModel, got nfgsm"
@@ -259,7 +259,7 @@ ATTACKS: dict[str, Row] = {
     ),
     "an attack that is no attack": Row(
         lambda: [RobustAccuracy({"broken": lambda f, x, y: None})],
-        r"must return a tensor of shape \(16, 1, 8, 8\), got NoneType",
+        r"must return a tensor of shape \(\d+, 1, 8, 8\), got NoneType",
         RuntimeError,
         val=loader,
         run="validate",

@@ -14,7 +14,8 @@ import lightning_robust
 ROOT = Path(lightning_robust.__file__).parent
 TENSORS = (
     *("metrics", "attacks", "penalties", "saliency", "calibration", "ood", "corruptions"),
-    *("pixels", "modes", "protocols", "losses", "randomness", "pictures"),
+    *("pixels", "modes", "protocols", "losses", "divergence", "intervals", "randomness"),
+    *("pictures", "charts"),
 )
 LIGHTNING = ("attach", "callbacks", "mixins")
 RUNS = ("cli", "recipe", "recipe_keys", "report", "run", "audit", "tensorboard", "demo")

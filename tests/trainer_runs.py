@@ -26,7 +26,7 @@ from lightning_robust import (
 )
 
 THREAT = ThreatModel("linf", 0.1)
-ATTACK = PGD(THREAT, steps=2, start="zero")
+ATTACK = PGD(THREAT, steps=2, start="zero", keep="last")
 METHODS = ("madry", "trades", "n-fgsm", "penalty", "trades and penalty")
 OURS = ("robust", "calibration", "ood", "saliency")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "one_input",
     "rebuilt",
     "resized",
+    "selected",
     "shown",
 ]
 
@@ -183,10 +184,23 @@ def resized(batch: Any, n: int, wanted: int) -> Any:
         >>> resized({"x": torch.tensor([1, 2, 3]), "scale": 2.0}, 3, 5)
         {'x': tensor([1, 2, 3, 1, 2]), 'scale': 2.0}
     """
+    return selected(batch, n, [i % n for i in range(wanted)])
 
-    def rows(leaf: Any) -> Any:
+
+def selected(batch: Any, n: int, rows: Sequence[int]) -> Any:
+    """Some samples of a batch of ``n``, in this order.
+
+    What has no ``n`` rows (a scalar, a shared mask) stays as it is.
+
+    Example:
+        >>> selected({"x": torch.tensor([1, 2, 3]), "name": ["a", "b", "c"]}, 3, [2, 0])
+        {'x': tensor([3, 1]), 'name': ['c', 'a']}
+    """
+    index = torch.tensor(rows, dtype=torch.long)
+
+    def these(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == n:
-            return leaf[torch.arange(wanted, device=leaf.device) % n]
+            return leaf[index.to(leaf.device)]
         return leaf
 
     changed: dict[Path, Any] = {}
@@ -194,8 +208,8 @@ def resized(batch: Any, n: int, wanted: int) -> Any:
         node = get(batch, path[:-1])
         # Names, ids and other things that are no tensors come as lists with one entry a sample.
         if path[1:] and type(node) in (list, tuple) and len(node) == n and not any(map(_has_parts, node)):
-            changed[path[:-1]] = type(node)(node[i % n] for i in range(wanted))
-    return rebuilt(batch, changed, rows)
+            changed[path[:-1]] = type(node)(node[i] for i in rows)
+    return rebuilt(batch, changed, these)
 
 
 def _has_parts(entry: Any) -> bool:

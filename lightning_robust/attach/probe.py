@@ -45,6 +45,8 @@ class Probe:
         target_key: Where the target is, likewise.
         logits_fn: ``(module, batch) -> logits`` for losses that no probe can see; needs ``target_key``.
         loss_index: Which loss call of the step to read, 0 for the first.
+        mask_key: Where a mask is, 1 where an attack may change the input.
+        eps_key: Where the radius of each sample is, in pixel units.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class Probe:
         target_key: Key | None = None,
         logits_fn: Callable[..., Any] | None = None,
         loss_index: int = 0,
+        mask_key: Key | None = None,
+        eps_key: Key | None = None,
     ) -> None:
         if logits_fn is not None and target_key is None:
             raise ValueError(
@@ -64,6 +68,9 @@ class Probe:
         self.input_paths = None if input_key is None else as_paths(input_key)
         self.target_path = None if target_key is None else as_path(target_key)
         self.logits_fn, self.loss_index = logits_fn, loss_index
+        self.mask_path = None if mask_key is None else as_path(mask_key)
+        self.eps_path = None if eps_key is None else as_path(eps_key)
+        self.divisible: dict[tuple[str, bool], bool] = {}  # whether the samples of a step's batch can be read apart
         self.routes: dict[str, Route] = {}
         self._kind: type | None = None  # of the module that the routes belong to
         self._said: set[str] = set()  # steps that were warned about
@@ -73,7 +80,7 @@ class Probe:
     @property
     def overrides(self) -> tuple[Any, ...]:
         """What the user said; probes that were told the same find the same."""
-        return self.input_paths, self.target_path, self.logits_fn, self.loss_index
+        return self.input_paths, self.target_path, self.logits_fn, self.loss_index, self.mask_path, self.eps_path
 
     @property
     def overridden(self) -> bool:
@@ -129,7 +136,7 @@ class Probe:
     def _forget_others(self, module: nn.Module) -> None:
         """One callback may serve several modules in turn; what was found in one says nothing about another."""
         if self._kind not in (None, type(module)):
-            self.routes, self._stand_ins, self._unheard = {}, {}, set()
+            self.routes, self._stand_ins, self._unheard, self.divisible = {}, {}, set(), {}
         self._kind = type(module)
 
     def call(self, step: Step, route: Route, followed: Followed | None = None) -> LossCall:
@@ -207,6 +214,8 @@ class Probe:
             ProbeError: With what was found, and the argument that settles it.
         """
         batch, where = step.batch, f"{type(step.module).__name__}.{step.name}"
+        for key in [key for key in self.divisible if key[0] == step.name]:
+            del self.divisible[key]
         if hasattr(batch, "__next__"):
             raise ProbeError(
                 f"{where} takes an iterator instead of a batch (dataloader_iter); there is no batch to read."

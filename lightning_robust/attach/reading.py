@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.attach.batches import copied, get, rebuilt, resized
+from lightning_robust.attach.batches import copied, get, rebuilt, resized, selected
 from lightning_robust.attach.route import Route
+from lightning_robust.attach.sharded import is_sharded
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.attacks.guard import Guarded, guard
 from lightning_robust.attacks.joint import JointThreat, side_by_side
+from lightning_robust.attacks.objectives import objective_named
 from lightning_robust.attacks.threat import ThreatModel
 from lightning_robust.losses import LossCall
-from lightning_robust.randomness import RandomState, untouched_random_state
+from lightning_robust.randomness import RandomState, seeded, uniform, untouched_random_state
 
 if TYPE_CHECKING:
     from lightning_robust.attach.probe import Probe
 
-__all__ = ["Reading"]
+__all__ = ["ReadLogits", "Reading"]
+
+
+@dataclass(frozen=True, eq=False)
+class ReadLogits:
+    """Model inputs to logits, through the user's own step."""
+
+    reading: Reading
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.reading.read(x).logits
+
+    def at(self, rows: Tensor) -> ReadLogits:
+        return ReadLogits(self.reading.at(rows))
+
+    @property
+    def divisible(self) -> bool:
+        return self.reading.divisible
 
 
 class Reading:
@@ -37,6 +58,7 @@ class Reading:
         self._probe, self._route, self._step, self._state = probe, route, step, state
         self.x: Tensor = route.inputs.of(step.batch)
         self.call: LossCall | None = None
+        self._part: tuple[Tensor, Reading] | None = None  # the rows that were asked for last
         self._draws: bool | None = None  # whether the step draws random numbers before its loss
 
     @property
@@ -53,10 +75,60 @@ class Reading:
         """A threat model for what :attr:`x` holds, side by side where it holds several inputs."""
         return side_by_side(threat, self._route.inputs.shapes(self._step.batch))
 
+    def fitted(self, attack: Any, change: Callable[[Any], Any] = lambda threat: threat, **settings: Any) -> Any:
+        """An attack of ours, set to this batch: to what :attr:`x` holds, and to the user's loss or an own objective.
+
+        Args:
+            attack: Any attack; a foreign one is returned as it is.
+            change: Of its threat model, in the end.
+            settings: Other values of fields, where the attack has such fields and leaves them open (None).
+        """
+        if not is_dataclass(attack) or isinstance(attack, type):
+            return attack
+        kept: Any = attack
+        known = {f.name for f in fields(attack)}
+        new: dict[str, Any] = {name: v for name, v in settings.items() if getattr(kept, name, v) is None}
+        if "attacks" in known:
+            new["attacks"] = tuple(self.fitted(part, change, **settings) for part in kept.attacks)
+        if "objective" in known:
+            new["objective"] = self.objective(kept.objective)
+        if isinstance(getattr(kept, "threat", None), (ThreatModel, JointThreat)) and "threat" in known:
+            new["threat"] = change(self._local(self.threat(kept.threat)))
+        if getattr(kept, "keep", None) == "last":
+            new.pop("early_exit", None)  # what is left alone keeps its best iterate
+        return replace(kept, **new)
+
+    def _local(self, threat: ThreatModel | JointThreat) -> Any:
+        """Where the batch says so: a region, and a radius for each sample."""
+        mask, eps = (
+            None if path is None else get(self._step.batch, path)
+            for path in (self._probe.mask_path, self._probe.eps_path)
+        )
+        if mask is None and eps is None:
+            return threat
+        if isinstance(threat, JointThreat):
+            raise ValueError("mask_key= and eps_key= are about one input; here are several (input_key=[...]).")
+        if mask is not None:
+            mask = mask.unsqueeze(1) if mask.ndim == self.x.ndim - 1 else mask
+            if mask.ndim != self.x.ndim or any(m not in (1, n) for m, n in zip(mask.shape, self.x.shape, strict=True)):
+                raise ValueError(
+                    f"mask_key= must lead to a mask for inputs {tuple(self.x.shape)} (1 where they may change), got "
+                    f"{tuple(mask.shape)}."
+                )
+        if eps is not None and eps.shape != self.x.shape[:1]:
+            raise ValueError(
+                f"eps_key= must lead to a radius for each of {len(self.x)} samples, got {tuple(eps.shape)}."
+            )
+        return threat.within(mask, eps)
+
+    def objective(self, given: Any) -> Any:
+        """An objective by name or as a function, on this head; None for the user's own loss."""
+        return objective_named(given, self, lambda: self.read(self.x).logits, self.y if given == "kl" else self.x)
+
     def guarded(self, attack: Any) -> Guarded:
         """The attack, held to its own threat model on what :attr:`x` holds."""
         promised = getattr(attack, "threat", None)
-        return guard(attack, None if promised is None else self.threat(promised))
+        return guard(attack, self.threat(promised) if isinstance(promised, (ThreatModel, JointThreat)) else promised)
 
     @property
     def y(self) -> Tensor:
@@ -101,9 +173,10 @@ class Reading:
             ) from error
         return self.call
 
-    def logits(self, x: Tensor) -> Tensor:
-        """The logits of ``x``, differentiable: the ``logits_fn`` that attacks are given."""
-        return self.read(x).logits
+    @property
+    def logits(self) -> ReadLogits:
+        """The ``logits_fn`` that attacks are given: differentiable, and able to read some samples only."""
+        return ReadLogits(self)
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
         """The user's own loss for the last read, one number a sample: the objective that attacks climb."""
@@ -112,6 +185,57 @@ class Reading:
     def margin(self, logits: Tensor, y: Tensor) -> Tensor:
         """How far wrong answers lie above right ones, for this head."""
         return self._last().again(logits).margin()
+
+    def head(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``(N, K, ...)`` and classes, whatever this head is; see :meth:`LossCall.class_view`."""
+        return self._last().again(logits).class_view()
+
+    def at(self, rows: Tensor) -> Reading:
+        """The same step on some samples of its batch; the same object for the same ``rows``."""
+        if self._part is None or self._part[0] is not rows:
+            batch = selected(self._step.batch, len(self.x), rows.tolist())
+            part = Reading(self._probe, self._route, self._step.with_batch(batch), self._state)
+            part._draws = self._draws
+            self._part = rows, part
+        return self._part[1]
+
+    @property
+    def divisible(self) -> bool:
+        """Whether samples can be read apart from each other with the same result; tried out once for each step.
+
+        They cannot where rows refer to each other (pairs, graphs) or where the step draws random numbers (mixup).
+        """
+        known, key = self._probe.divisible, (self._step.name, self.module.training)
+        if key not in known and len(self.x) > 1:
+            known[key] = self._falls_apart()
+        return known.get(key, False)
+
+    def _falls_apart(self) -> bool:
+        # A compiled network would be compiled anew for each number of samples; of a sharded one all processes run the
+        # same number of forwards.
+        if is_sharded(self.module) or any(hasattr(part, "_orig_mod") for part in self.module.modules()):
+            return False
+        before, n = self.call, len(self.x)
+        # Two parts drawn at random: pairs must not stay together, nor all samples with the one that they refer to.
+        order = uniform(torch.empty(n), seeded(n)).argsort().to(self.x.device)
+        try:
+            with torch.no_grad():
+                whole = self.read(self.x)
+                if self._draws or len(whole.logits) != n or len(whole.target) != n:
+                    return False
+                return all(self._agrees(whole, rows.sort().values) for rows in (order[: n // 2], order[n // 2 :]))
+        except (IndexError, KeyError, RuntimeError, ValueError):
+            return False
+        finally:
+            self.call, self._part = before, None
+
+    def _agrees(self, whole: LossCall, rows: Tensor) -> bool:
+        """Whether these samples, read by themselves, give what they gave among the others."""
+        part = self.at(rows).read(self.x[rows])
+        if len(part.logits) != len(rows) or not torch.equal(whole.target[rows], part.target):
+            return False
+        size = float(whole.logits.abs().max()) + 1e-6
+        return bool(((whole.logits[rows] - part.logits).abs() <= 1e-3 * size).all())
 
     def _last(self) -> LossCall:
         if self.call is None:

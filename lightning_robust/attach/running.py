@@ -25,6 +25,10 @@ Under = Callable[[Step], AbstractContextManager[Any]]
 Track = Callable[[Step], Inputs]
 
 
+PERTURBED, ROBUST_LOSS = "self.perturbed(batch)", "self.robust_loss(loss)"
+"""What a step that is fed, or added to, by hand has to call."""
+
+
 @dataclass(eq=False)
 class Handle:
     """What one callback does to a step, and the way to end it."""
@@ -56,9 +60,11 @@ class Running:
     def __init__(self, clean: Step, fed: Step, handles: list[Handle]) -> None:
         self.clean, self.fed = clean, fed
         self.adding = [handle for handle in handles if handle.add is not None]
-        # Who adds (TRADES) attacks beside the step: its own batch stays as it is, by hand as otherwise.
-        self.feeding_by_hand = [h for h in handles if h.by_hand and h.feed is not None and h.add is None]
-        self.unused = {handle.owner: handle for handle in handles if handle.by_hand}
+        self.feeding_by_hand = [handle for handle in handles if handle.by_hand and handle.feed is not None]
+        # What a step that does this by hand has yet to call, for whom.
+        by_hand = [handle for handle in handles if handle.by_hand]
+        self.unused = {(handle.owner, PERTURBED) for handle in by_hand if handle.feed is not None}
+        self.unused |= {(handle.owner, ROBUST_LOSS) for handle in by_hand if handle.add is not None}
         self.asked: Any = None
         self.pending = [handle for handle in self.adding if not handle.by_hand]
         self.state = RandomState.capture()
@@ -111,7 +117,7 @@ class Running:
             for handle in self.feeding_by_hand:
                 if handle.feed is not None:
                     step = step.with_batch(handle.feed(step))
-                    self.unused.pop(handle.owner, None)
+                    self.unused.discard((handle.owner, PERTURBED))
         self.fed = step
         return self.tracked()
 
@@ -132,7 +138,7 @@ class Running:
                 step, call = self._step_of(handle), self.watchers[handle.loss_index].call
                 for term in handle.add(step, call if step is self.fed else None, self.state).values():
                     total = total + term
-                self.unused.pop(handle.owner, None)
+                self.unused.discard((handle.owner, ROBUST_LOSS))
         return total
 
     def check_pending(self) -> None:

@@ -188,8 +188,7 @@ def _run_and_add(seam: _Seam, clean: Step, fed: Step, handles: list[Handle]) -> 
     if not automatic:
         running.check_pending()
     skipped = output is None and automatic
-    for owner, handle in () if skipped else running.unused.items():
-        missing = "self.perturbed(batch)" if handle.add is None else "self.robust_loss(loss)"
+    for owner, missing in () if skipped else sorted(running.unused):
         raise RuntimeError(
             f"{owner}: {type(fed.module).__name__} says that its training_step does this by hand (by_hand = True), but "
             f"the step did not call {missing}."

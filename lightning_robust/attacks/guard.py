@@ -65,13 +65,14 @@ class Guarded:
         reach = self.threat.eps if self.reach is None else self.reach
         root = clean[0].numel() ** 0.5 if self.threat.norm == "l2" else 1.0
         farthest = float(self.threat.distance(perturbed, clean).max())
-        if farthest > reach * (1 + 1e-6) + slack * root:
+        if float(self.threat.excess(perturbed, clean, reach).max()) > reach * 1e-6 + slack * root:
             raise AttackError(
                 f"{what} moved an input by {farthest:.6g} ({self.threat.norm}, pixels), but promised at most "
                 f"{reach:.6g}. An attack that may go farther states it in an attribute `reach`."
             )
         low, high = space.box(clean)
-        over = float(torch.maximum(low - perturbed, perturbed - high).max()) if space.bounds is not None else 0.0
+        # From the clean value on, where that is outside by round-off and was not to be moved.
+        over = float(torch.maximum(clean.clamp(max=low) - perturbed, perturbed - clean.clamp(min=high)).max())
         if over > slack:
             raise AttackError(f"{what} left the pixel bounds {space.bounds} by {over:.3g}.")
         return result

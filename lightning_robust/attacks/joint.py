@@ -162,6 +162,11 @@ class JointThreat:
         shares = [t.distance(moved, x) * (self.eps / t.eps if t.eps else math.inf) for (t, moved), (_, x) in rows]
         return torch.stack(shares).nan_to_num(nan=0.0).amax(0)  # an input that must not move, and did not
 
+    def excess(self, perturbed: Tensor, clean: Tensor, reach: float) -> Tensor:
+        """See :meth:`ThreatModel.excess`; each input has its share of ``reach``."""
+        rows, largest = zip(self._parts(perturbed), self._parts(clean), strict=True), self.eps or 1.0
+        return torch.stack([t.excess(moved, x, reach * (t.eps / largest)) for (t, moved), (_, x) in rows]).amax(0)
+
     def _boxes(self, box: Box) -> list[Box]:
         low, high = (_split(torch.as_tensor(side), self.shapes) for side in box)
         return list(zip(low, high, strict=True))

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
+from lightning_robust.attacks.fgsm import FGSM
 from lightning_robust.attacks.joint import JointThreat
 from lightning_robust.attacks.n_fgsm import NFGSM
 from lightning_robust.attacks.pgd import PGD
 from lightning_robust.attacks.threat import ThreatModel
 
-__all__ = ["Method", "attack_for", "in_model_units", "method_named", "name_of"]
+__all__ = ["BETA", "FEEDS", "Method", "attack_for", "forwards_of", "in_model_units", "method_named", "name_of"]
 
-Method = Literal["madry", "trades", "n-fgsm"]
+Method = Literal["madry", "trades", "mart", "n-fgsm", "fgsm-rs", "fgsm"]
+
+FEEDS: tuple[Method, ...] = ("madry", "mart", "n-fgsm", "fgsm-rs", "fgsm")
+"""Methods whose step gets the attacked batch; with the others it runs on the clean one."""
+
+BETA: dict[str, float] = {"trades": 6.0, "mart": 5.0}
+"""Weight of the divergence, as published."""
+
+_ONE_STEP: dict[str, tuple[type[Any], Callable[[Any], Any]]] = {
+    "n-fgsm": (NFGSM, NFGSM),
+    "fgsm-rs": (FGSM, partial(FGSM, start="uniform")),
+    "fgsm": (FGSM, FGSM),
+}
 
 
 def method_named(name: str) -> Method:
@@ -34,13 +49,14 @@ def attack_for(method: Method, attack: Any) -> Any:
         ValueError: If an explicit setting contradicts the method.
         TypeError: If ``attack`` is no attack.
     """
-    if method == "n-fgsm":
+    if method in _ONE_STEP:
+        kind, usual = _ONE_STEP[method]
         if isinstance(attack, (ThreatModel, JointThreat)):
-            return NFGSM(attack)
-        if isinstance(attack, NFGSM):
+            return usual(attack)
+        if isinstance(attack, kind) and getattr(attack, "start", None) == getattr(usual(attack.threat), "start", None):
             return attack
         raise ValueError(
-            f"method='n-fgsm' brings its own attack: give a ThreatModel (or NFGSM with its settings), got "
+            f"method={method!r} brings its own attack: give a ThreatModel (or {kind.__name__} with its settings), got "
             f"{name_of(attack)}."
         )
     if isinstance(attack, (ThreatModel, JointThreat)):
@@ -61,6 +77,13 @@ def attack_for(method: Method, attack: Any) -> Any:
             f"attack= must be a ThreatModel or a callable (logits_fn, x, y) -> x_adv, got {type(attack).__name__}."
         )
     return attack
+
+
+def forwards_of(attack: Any) -> int | None:
+    """How many forward and backward passes an attack runs; None for a foreign one."""
+    if isinstance(attack, PGD):
+        return attack.steps * attack.restarts
+    return 1 if isinstance(attack, (NFGSM, FGSM)) else None
 
 
 def name_of(attack: Any) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_robust.attacks.joint import Threat
-from lightning_robust.attacks.objectives import cross_entropy, input_gradient
-from lightning_robust.modes import gradients
+from lightning_robust.attacks.objectives import check_objective
+from lightning_robust.attacks.search import searching
 from lightning_robust.pixels import clamped
 from lightning_robust.protocols import LogitsFn
 from lightning_robust.randomness import Noise
@@ -51,7 +51,7 @@ class NFGSM:
     threat: Threat
     noise: float = 2.0
     step: float = 1.0
-    objective: Callable[..., Any] | None = None
+    objective: str | Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         if self.threat.norm != "linf":
@@ -60,6 +60,7 @@ class NFGSM:
             )
         if self.noise < 0 or not self.step > 0:
             raise ValueError(f"NFGSM needs noise >= 0 and step > 0, got noise={self.noise}, step={self.step}.")
+        check_objective(self.objective)
 
     @property
     def reach(self) -> float:
@@ -77,12 +78,9 @@ class NFGSM:
         Raises:
             ValueError: If ``x`` lies outside the pixel space.
         """
-        space, eps = self.threat.pixels, self.threat.eps
-        with gradients(x, y) as (x, y):
-            if space.outside == "raise":
-                space.check(x)
-            clean = space.to_pixels(x)
-            box = space.box(clean)
-            noisy = clamped(clean + self.noise * self.threat.noise(clean, generator), box)
-            gradient = input_gradient(self.objective or cross_entropy, logits_fn, space, noisy, y, like=x)
-            return space.to_model(clamped(noisy + self.step * eps * self.threat.steepest(gradient), box), x.dtype)
+        with searching(self.threat, logits_fn, x, y, self.objective, generator) as search:
+            noise = search.threat.noise(search.clean, generator)
+            noisy = clamped(search.clean + self.noise * noise, search.box)
+            gradient, _, _ = search.climb(noisy)
+            step = self.step * self.threat.eps * search.uphill(gradient)
+            return search.threat.pixels.to_model(clamped(noisy + step, search.box), x.dtype)

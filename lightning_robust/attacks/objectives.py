@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_robust.pixels import ModelUnits
-from lightning_robust.protocols import LogitsFn, Objective
+from lightning_robust.divergence import kl_divergence
+from lightning_robust.protocols import Objective
 
-__all__ = ["cross_entropy", "input_gradient", "margin", "margin_of"]
+__all__ = [
+    "OBJECTIVES",
+    "DivergenceFrom",
+    "OnHead",
+    "Towards",
+    "check_objective",
+    "cross_entropy",
+    "dlr",
+    "head_of",
+    "margin",
+    "margin_of",
+    "narrowed",
+    "objective_named",
+    "targeted_dlr",
+]
+
+_NO_SPREAD = 1e-12  # logits that are all equal
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -44,6 +62,11 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
         >>> margin(torch.tensor([[3.0, 1.0], [3.0, 1.0]]), torch.tensor([0, 1]))
         tensor([-2.,  2.])
     """
+    gap = _gap(logits, y)
+    return gap.flatten(1).mean(1) if gap.ndim > 1 else gap
+
+
+def _gap(logits: Tensor, y: Tensor) -> Tensor:
     if y.shape == logits.shape and logits.ndim > 1:
         y = y.argmax(1)
     if logits.ndim < 2 or logits.shape[1] < 2 or y.shape != logits.shape[:1] + logits.shape[2:]:
@@ -57,33 +80,187 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     index = y.clamp_min(0).long().unsqueeze(1)
     right = z.gather(1, index).squeeze(1)
     wrong = z.scatter(1, index, -torch.inf).amax(1)
-    gap = (wrong - right).masked_fill(ignored, 0.0)
+    return (wrong - right).masked_fill(ignored, 0.0)
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    r"""Difference of logits ratio, ``(N,)``: the margin in units of the logits' own spread.
+
+    .. math:: -\frac{z_y - \max_{i \ne y} z_i}{z_{(1)} - z_{(3)}}
+
+    Neither a shift nor a factor of the logits moves it, so that a network which is merely too sure of itself cannot
+    hide. With two classes there is no third logit to divide by; it is the margin then.
+
+    Args:
+        logits: Shape ``(N, K, ...)`` with ``K >= 2``; further dimensions (pixels) are averaged.
+        y: Classes ``(N, ...)`` or class probabilities ``(N, K, ...)``.
+
+    Example:
+        >>> dlr(torch.tensor([[3.0, 1.0, 0.0], [300.0, 100.0, 0.0]]), torch.tensor([0, 0]))
+        tensor([-0.6667, -0.6667])
+
+    References:
+        Croce and Hein, `Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+        attacks <https://arxiv.org/abs/2003.01690>`_, 2020, equation 6.
+    """
+    gap = _gap(logits, y)
+    if logits.shape[1] > 2:
+        top = logits.float().topk(3, 1).values
+        gap = gap / (top[:, 0] - top[:, 2]).clamp_min(_NO_SPREAD)
     return gap.flatten(1).mean(1) if gap.ndim > 1 else gap
 
 
-def margin_of(objective: Objective) -> Callable[[Tensor, Tensor], Tensor]:
+def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    r"""The same towards one class, ``(N,)``.
+
+    .. math:: -\frac{z_y - z_t}{z_{(1)} - (z_{(3)} + z_{(4)}) / 2}
+
+    With fewer than four classes it is the difference ``z_t - z_y`` alone.
+
+    Args:
+        logits: Shape ``(N, K)`` with ``K >= 2``.
+        y: Classes ``(N,)`` to leave.
+        target: Classes ``(N,)`` to reach.
+
+    Example:
+        >>> targeted_dlr(torch.tensor([[4.0, 2.0, 1.0, 1.0]]), torch.tensor([0]), torch.tensor([1]))
+        tensor([-0.6667])
+
+    References:
+        Croce and Hein, 2020, equation 7.
+    """
+    z = logits.float()
+    gap = (z.gather(1, target.unsqueeze(1)) - z.gather(1, y.unsqueeze(1))).squeeze(1)
+    if z.shape[1] < 4:
+        return gap
+    top = z.topk(4, 1).values
+    return gap / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp_min(_NO_SPREAD)
+
+
+def margin_of(objective: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """The margin that belongs to an objective: its own, where its head is not a plain multi-class one."""
     own: Callable[[Tensor, Tensor], Tensor] = getattr(objective, "margin", margin)
     return own
 
 
-def input_gradient(
-    objective: Objective, logits_fn: LogitsFn, space: ModelUnits, pixels: Tensor, y: Tensor, like: Tensor
-) -> Tensor:
-    """Gradient of the summed per-sample objective with respect to ``pixels``.
+def head_of(objective: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What turns a model's outputs and targets into logits ``(N, K, ...)`` and classes ``(N, ...)``."""
+    own: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = getattr(objective, "head", _as_they_are)
+    return own
 
-    The sum, not the mean: a sample's gradient then neither depends on the batch size nor underflows in half precision.
+
+def _as_they_are(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return logits, y
+
+
+def narrowed(part: Any, rows: Tensor) -> Any:
+    """What belongs to these samples of a batch only: ``part.at(rows)``, or ``part`` itself where rows mean nothing."""
+    return part.at(rows) if hasattr(part, "at") else part
+
+
+@dataclass(frozen=True)
+class OnHead:
+    """An objective of class logits on whatever head a model has.
+
+    Attributes:
+        function: ``(logits (N, K, ...), classes (N, ...)) -> (N,)``.
+        owner: The objective whose ``head`` and ``margin`` are those of the model; None for a plain multi-class head.
+    """
+
+    function: Any
+    owner: Any = None
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        value: Tensor = self.function(*self.head(logits, y))
+        return value
+
+    def head(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return head_of(self.owner)(logits, y)
+
+    def margin(self, logits: Tensor, y: Tensor) -> Tensor:
+        return margin_of(self.owner)(logits, y)
+
+    def at(self, rows: Tensor) -> OnHead:
+        return OnHead(narrowed(self.function, rows), narrowed(self.owner, rows))
+
+
+@dataclass(frozen=True)
+class DivergenceFrom:
+    """How far a prediction has moved from a given one, ``KL(given || now)``, ``(N,)``: what TRADES climbs.
+
+    Attributes:
+        log_p: The given log-probabilities, ``(N, K, ...)``.
+    """
+
+    log_p: Tensor
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        return kl_divergence(self.log_p, logits.float().log_softmax(1))
+
+    def at(self, rows: Tensor) -> DivergenceFrom:
+        return DivergenceFrom(self.log_p[rows])
+
+
+@dataclass(frozen=True)
+class Towards:
+    """The way to a class instead of away from the right one: a targeted attack.
+
+    Attributes:
+        target: Classes ``(N, ...)`` to reach.
+        owner: As in :class:`OnHead`.
+    """
+
+    target: Tensor
+    owner: Any = None
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        return -cross_entropy(head_of(self.owner)(logits, y)[0], self.target)
+
+    def head(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return head_of(self.owner)(logits, y)[0], self.target
+
+    def margin(self, logits: Tensor, y: Tensor) -> Tensor:
+        """How far the target lies above all others; above 0 it is reached."""
+        return -margin(*self.head(logits, y))
+
+    def at(self, rows: Tensor) -> Towards:
+        return Towards(self.target[rows], narrowed(self.owner, rows))
+
+
+OBJECTIVES: dict[str, Objective] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
+"""Objectives by name. ``"kl"`` is one more; it needs the clean prediction (:class:`DivergenceFrom`)."""
+
+
+def objective_named(given: Any, owner: Any, clean_logits: Callable[[], Tensor], y: Tensor) -> Any:
+    """The objective that a name or a function stands for, on the head of ``owner``.
+
+    Args:
+        given: One of :data:`OBJECTIVES`, ``"kl"``, a function of class logits, or None for ``owner`` itself.
+        owner: The model's own loss, or None.
+        clean_logits: The model's output for the inputs as they are, asked for by ``"kl"`` alone.
+        y: The targets.
 
     Raises:
-        RuntimeError: If the logits do not depend on the input.
+        ValueError: If there is no objective of this name.
     """
-    pixels = pixels.detach().requires_grad_()
-    value = objective(logits_fn(space.to_model(pixels, like.dtype)), y).sum()
-    # autograd.grad, not backward(): the parameters' own gradients must stay as they are.
-    (gradient,) = torch.autograd.grad(value, pixels, allow_unused=True) if value.requires_grad else (None,)
-    if gradient is None:
-        raise RuntimeError(
-            "the logits do not depend on the input: no gradient reaches it. Is the network (or a frozen backbone) run "
-            "under torch.no_grad(), or is the output detached?"
-        )
-    return gradient
+    if given is None:
+        return cross_entropy if owner is None else owner
+    if given == "kl":
+        with torch.no_grad():
+            clean, _ = head_of(owner)(clean_logits(), y)
+        return OnHead(DivergenceFrom(clean.float().log_softmax(1)), owner)
+    if isinstance(given, str):
+        check_objective(given)
+        return OnHead(OBJECTIVES[given], owner)
+    return given if owner is None or hasattr(given, "margin") else OnHead(given, owner)
+
+
+def check_objective(given: Any) -> None:
+    """Whether this is an objective, by name or as a function.
+
+    Raises:
+        ValueError: If not.
+    """
+    names = [*OBJECTIVES, "kl"]
+    if not (given is None or callable(given) or given in names):
+        raise ValueError(f"objective= must be one of {', '.join(map(repr, names))} or a callable, got {given!r}.")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_robust.attacks.joint import Threat
-from lightning_robust.attacks.objectives import cross_entropy, input_gradient, margin_of
-from lightning_robust.modes import gradients
-from lightning_robust.pixels import Box
+from lightning_robust.attacks.objectives import check_objective
+from lightning_robust.attacks.search import Search, searching, worst_of
+from lightning_robust.attacks.targets import Targets, check_targets, towards
 from lightning_robust.protocols import LogitsFn
 from lightning_robust.randomness import Noise
 
@@ -35,8 +35,16 @@ class PGD:
         start: ``"uniform"`` in the ball, ``"zero"`` (the clean input), or ``"gaussian"`` (TRADES' ``0.001 * N(0, 1)``,
             in units of the pixel range, for objectives whose gradient vanishes at the clean input). ``None``: what the
             training method needs, else uniform.
-        objective: ``(logits, y) -> (N,)``, climbed. ``None``: the loss that the user's own step calls where a callback
-            runs the attack, else cross-entropy.
+        objective: What is climbed: ``"cross_entropy"``, ``"margin"``, ``"dlr"``, ``"kl"`` (away from the clean
+            prediction), or a function ``(logits, y) -> (N,)``. ``None``: the loss that the user's own step calls where
+            a callback runs the attack, else cross-entropy.
+        targeted: Which class to reach, instead of any wrong one: ``"random"``, ``"least-likely"`` or ``"runner-up"``,
+            chosen by the clean prediction among the wrong classes, or ``"given"``: ``y`` holds the classes to reach.
+        keep: ``"last"`` iterate (what published recipes train on), or the ``"best"`` one a sample by its margin, which
+            is the stronger attack. ``None``: the best where :class:`~lightning_robust.RobustAccuracy` evaluates, else
+            the last.
+        early_exit: Leave samples alone once they are fooled, with ``keep="best"``: the same robust accuracy for less
+            work. Not for training, where it is another method (friendly adversarial training).
 
     Raises:
         ValueError: If steps or restarts are below 1 or the step size is not positive.
@@ -61,7 +69,10 @@ class PGD:
     step_size: float | None = None
     restarts: int = 1
     start: Literal["uniform", "zero", "gaussian"] | None = None
-    objective: Callable[..., Any] | None = None
+    objective: str | Callable[..., Any] | None = None
+    targeted: Targets | None = None
+    keep: Literal["last", "best"] | None = None
+    early_exit: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "restarts"):
@@ -69,6 +80,24 @@ class PGD:
                 raise ValueError(f"PGD({name}=) must be at least 1, got {getattr(self, name)}.")
         if self.start not in (None, "uniform", "zero", "gaussian"):
             raise ValueError(f"PGD(start=) must be 'uniform', 'zero', 'gaussian' or None, got {self.start!r}.")
+        if self.keep not in (None, "last", "best") or (self.early_exit and self.keep == "last"):
+            raise ValueError(
+                f"PGD(keep=) must be 'best', 'last' or None, and 'best' with early_exit=True (a sample that is left "
+                f"alone keeps its best iterate), got keep={self.keep!r}, early_exit={self.early_exit}."
+            )
+        check_objective(self.objective)
+        check_targets(self.targeted)
+        if (
+            self.targeted is not None
+            and self.objective not in (None, "cross_entropy")
+            and isinstance(self.objective, str)
+        ):
+            raise ValueError(
+                f"PGD(targeted={self.targeted!r}) climbs the cross-entropy towards a class, and would not use "
+                f"objective={self.objective!r}. Leave it out, or use APGD(targets=) for the targeted DLR."
+            )
+        if self.early_exit and self.keep is None:
+            object.__setattr__(self, "keep", "best")
         if self.step_size is None:
             return
         if not self.step_size > 0:
@@ -93,7 +122,9 @@ class PGD:
     def name(self) -> str:
         """Short and unique for the settings that matter, for log keys: ``pgd20x2_linf_0.2``."""
         restarts = f"x{self.restarts}" if self.restarts > 1 else ""
-        return f"pgd{self.steps}{restarts}_{self.threat}"
+        kind = "" if self.targeted is None else f"_{self.targeted}"
+        climbs = f"_{self.objective}" if isinstance(self.objective, str) else ""
+        return f"pgd{self.steps}{restarts}{climbs}{kind}_{self.threat}"
 
     def __call__(self, logits_fn: LogitsFn, x: Tensor, y: Tensor, *, generator: Noise = None) -> Tensor:
         """Perturb ``x`` (model inputs, ``(N, ...)``) against targets ``y``; the result has the type of ``x``.
@@ -101,40 +132,44 @@ class PGD:
         Raises:
             ValueError: If ``x`` lies outside the pixel space.
         """
-        space, objective = self.threat.pixels, self.objective or cross_entropy
-        with gradients(x, y) as (x, y):
-            if space.outside == "raise":
-                space.check(x)
-            clean = space.to_pixels(x)
-            box = space.box(clean)
-            best = self._climb(objective, logits_fn, x, y, clean, box, generator)
-            if self.restarts > 1:
-                margin = margin_of(objective)
+        with searching(self.threat, logits_fn, x, y, self.objective, generator) as search:
+            if self.targeted is not None:
+                search = replace(search, objective=towards(self.targeted, search))
+            best = worst_of([search] * self.restarts, self._from_one_start, bool(self.early_exit))
+            return search.threat.pixels.to_model(best, x.dtype)
 
-                def fooled_by(pixels: Tensor) -> Tensor:
-                    with torch.no_grad():
-                        return margin(logits_fn(space.to_model(pixels, x.dtype)), y)
+    def _from_one_start(self, search: Search) -> Tensor:
+        step = 2.5 * self.threat.eps / self.steps if self.step_size is None else self.step_size
+        pixels = self._start(search)
+        if self.keep != "best":
+            for _ in range(self.steps):
+                gradient, _, _ = search.climb(pixels)
+                pixels = search.project(pixels + step * search.uphill(gradient))
+            return pixels
+        best, rows = pixels.clone(), torch.arange(len(pixels), device=pixels.device)
+        worst = torch.full((len(pixels),), -torch.inf, dtype=torch.float32, device=pixels.device)
+        for number in range(self.steps + 1):
+            if number < self.steps:
+                gradient, _, logits = search.climb(pixels)
+                score = search.margin(logits)
+            else:  # the last iterate is one as well
+                score = search.look(pixels)[1]
+            better = score > worst[rows]
+            best[rows[better]], worst[rows[better]] = pixels[better], score[better]
+            if number == self.steps:
+                break
+            if self.early_exit and search.divisible:
+                holds = (score <= 0).nonzero().squeeze(1)
+                if not len(holds):
+                    break
+                if len(holds) < len(rows):
+                    rows, pixels, gradient, search = rows[holds], pixels[holds], gradient[holds], search.at(holds)
+            pixels = search.project(pixels + step * search.uphill(gradient))
+        return best
 
-                worst = fooled_by(best)
-                for _ in range(self.restarts - 1):
-                    other = self._climb(objective, logits_fn, x, y, clean, box, generator)
-                    score = fooled_by(other)
-                    better = (score > worst).view(-1, *[1] * (x.ndim - 1))
-                    best, worst = torch.where(better, other, best), torch.maximum(worst, score)
-            return space.to_model(best, x.dtype)
-
-    def _climb(
-        self, objective: Any, logits_fn: LogitsFn, x: Tensor, y: Tensor, clean: Tensor, box: Box, noise: Noise
-    ) -> Tensor:
-        threat = self.threat
-        step = 2.5 * threat.eps / self.steps if self.step_size is None else self.step_size
+    def _start(self, search: Search) -> Tensor:
         if self.start == "zero":
-            pixels = clean
-        elif self.start == "gaussian":
-            pixels = threat.project(clean + threat.jitter(clean, noise), clean, box)
-        else:
-            pixels = threat.random_start(clean, box, noise)
-        for _ in range(self.steps):
-            gradient = input_gradient(objective, logits_fn, threat.pixels, pixels, y, like=x)
-            pixels = threat.project(pixels + step * threat.steepest(gradient), clean, box)
-        return pixels
+            return search.clean
+        if self.start == "gaussian":
+            return search.project(search.clean + search.threat.jitter(search.clean, search.noise))
+        return search.start()

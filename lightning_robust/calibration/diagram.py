@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_robust.calibration.reliability import Reliability
+from lightning_robust.intervals import wilson
 
 __all__ = ["reliability_diagram"]
 
@@ -18,7 +18,6 @@ TOP, BOTTOM = 84, 314  # accuracy 1 and 0
 STRIP_TOP, STRIP_BOTTOM = 340, 378
 TEXT, TITLE = 12, 14
 BAR, STRIP, INK, PALE, LINE = (108, 156, 212), (160, 160, 160), (20, 20, 20), (225, 225, 225), (190, 60, 40)
-NORMAL_95 = 1.96
 
 
 def reliability_diagram(reliability: Reliability, title: str = "") -> Tensor:
@@ -88,7 +87,7 @@ def _bars(draw: Any, reliability: Reliability) -> None:
         draw.rectangle((left, _y(accuracy), right, BOTTOM), fill=BAR)
         top = round(STRIP_BOTTOM - (STRIP_BOTTOM - STRIP_TOP) * count / most)
         draw.rectangle((left, top, right, STRIP_BOTTOM), fill=STRIP)
-        low, high = _wilson(accuracy, count)
+        low, high = wilson(accuracy, count)
         middle = (left + right) // 2
         draw.line((middle, _y(low), middle, _y(high)), fill=INK, width=2)
         for end in (low, high):
@@ -108,10 +107,3 @@ def _words(draw: Any, reliability: Reliability, title: str) -> None:
     draw.text((8, TOP - 22), "accuracy", fill=INK, font=_font(TEXT))
     draw.text((LEFT, STRIP_TOP - 18), "predictions per bin", fill=INK, font=_font(TEXT))
     draw.text((middle, STRIP_BOTTOM + 21), "confidence", fill=INK, font=_font(TEXT), anchor="ma")
-
-
-def _wilson(share: float, n: float) -> tuple[float, float]:
-    """The 95 % band of a share of ``n``; unlike the textbook's it has a width at 0 and 1."""
-    z = NORMAL_95**2 / n
-    half = NORMAL_95 * math.sqrt(share * (1 - share) / n + z / (4 * n))
-    return (share + z / 2 - half) / (1 + z), (share + z / 2 + half) / (1 + z)

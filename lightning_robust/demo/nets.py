@@ -19,17 +19,19 @@ class SmallCNN(nn.Sequential):
         channels: Of the input images.
         classes: Number of logits.
         size: Height and width of the input images, divisible by 4.
+        width: Of the first two convolutions; the others have twice as many channels.
 
     Example:
         >>> SmallCNN()(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
 
-    def __init__(self, channels: int = 1, classes: int = 10, size: int = 28) -> None:
+    def __init__(self, channels: int = 1, classes: int = 10, size: int = 28, width: int = 32) -> None:
         layers: list[nn.Module] = []
-        for inputs, outputs, stride in ((channels, 32, 1), (32, 32, 2), (32, 64, 1), (64, 64, 2)):
+        wide = 2 * width
+        for inputs, outputs, stride in ((channels, width, 1), (width, width, 2), (width, wide, 1), (wide, wide, 2)):
             layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-        super().__init__(*layers, nn.Flatten(), nn.Linear(64 * (size // 4) ** 2, classes))
+        super().__init__(*layers, nn.Flatten(), nn.Linear(wide * (size // 4) ** 2, classes))
 
 
 class Classifier(LightningModule):
@@ -40,13 +42,14 @@ class Classifier(LightningModule):
         channels: Of the input images.
         classes: Number of classes.
         size: Height and width of the input images.
+        width: Of the net; see :class:`SmallCNN`.
     """
 
-    def __init__(self, lr: float = 4e-3, channels: int = 1, classes: int = 10, size: int = 28) -> None:
+    def __init__(self, lr: float = 4e-3, channels: int = 1, classes: int = 10, size: int = 28, width: int = 32) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr
-        self.net = SmallCNN(channels, classes, size)
+        self.net = SmallCNN(channels, classes, size, width)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.net(x)

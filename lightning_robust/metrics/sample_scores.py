@@ -10,7 +10,8 @@ from torch import Tensor
 
 __all__ = ["SampleScores"]
 
-_SEEN, _CLEAN, _FIRST_ATTACK = 0, 1, 2  # rows of the table
+_SEEN, _CLEAN, _LABEL, _GROUP, _RADIUS, _FIRST_ATTACK = range(6)  # rows of the table
+_NONE = -(2.0**52)  # no class, no group
 _SHIFTS = (0, 16, 32, 48)
 
 
@@ -38,16 +39,23 @@ class SampleScores:
         self._table = torch.zeros(_FIRST_ATTACK + len(self.attacks), capacity, dtype=torch.float64)
         self._ids = 0
 
-    def add_clean(self, index: Tensor, correct: Tensor, x: Tensor) -> None:
+    def add_clean(
+        self, index: Tensor, correct: Tensor, x: Tensor, labels: Tensor | None = None, groups: Tensor | None = None
+    ) -> None:
         """Results without an attack.
 
         Args:
             index: Global indices ``(N,)``, below the capacity.
             correct: How much of each sample is right, ``(N,)`` in [0, 1].
             x: The samples themselves, for the hash.
+            labels: Right classes ``(N,)``, where a sample has one.
+            groups: What group each sample belongs to, ``(N,)`` whole numbers.
         """
         self._table[_SEEN, index] = 1.0
         self._table[_CLEAN, index] = correct.double().cpu()
+        self._table[_LABEL, index] = _NONE if labels is None else labels.double().cpu()
+        self._table[_GROUP, index] = _NONE if groups is None else groups.double().cpu()
+        self._table[_RADIUS, index] = torch.where(correct.cpu() > 0, torch.inf, 0.0).double()
         self._ids += sum(_fingerprint(i, sample) for i, sample in zip(index.tolist(), x, strict=True))
 
     def add_attack(self, name: str, index: Tensor, correct: Tensor) -> None:
@@ -57,6 +65,10 @@ class SampleScores:
         """
         row = _FIRST_ATTACK + self.attacks.index(name)
         self._table[row, index] = torch.minimum(correct.double().cpu(), self._table[_CLEAN, index])
+
+    def add_radius(self, index: Tensor, radius: Tensor) -> None:
+        """How far samples had to be moved to be fooled, ``(N,)``, infinite where they were not; the smallest counts."""
+        self._table[_RADIUS, index] = torch.minimum(self._table[_RADIUS, index], radius.double().cpu())
 
     def state(self) -> Tensor:
         """Everything, as one tensor of doubles to be summed over processes."""
@@ -85,11 +97,33 @@ class SampleScores:
         row = _CLEAN if attack is None else _FIRST_ATTACK + self.attacks.index(attack)
         return self._table[row, self._table[_SEEN] > 0]
 
+    def worst(self) -> Tensor:
+        """How much of each measured sample is right under the worst attack on it, ``(n,)``."""
+        return torch.stack([self.correct(name) for name in self.attacks]).amin(0)
+
+    def radii(self) -> Tensor:
+        """The smallest perturbation found that fools each measured sample, ``(n,)``: 0 where it was wrong before."""
+        return self._table[_RADIUS, self._table[_SEEN] > 0]
+
+    def holding(self, radii: Sequence[float]) -> list[float]:
+        """Share of the samples that no perturbation found inside each radius fools."""
+        # A perturbation that touches the ball counts; round-off must not move it outside.
+        return [float((self.radii() > radius * (1 + 1e-5)).double().mean()) for radius in radii]
+
+    def by(self, what: str) -> dict[int, tuple[int, float, float]]:
+        """Number of samples, clean and robust accuracy of each class (``"class"``) or group (``"group"``)."""
+        of = self._table[_LABEL if what == "class" else _GROUP, self._table[_SEEN] > 0]
+        clean, worst = self.correct(), self.worst()
+        parts = {int(part): of == part for part in sorted(set(of.tolist())) if part != _NONE}
+        return {
+            part: (int(rows.sum()), float(clean[rows].mean()), float(worst[rows].mean()))
+            for part, rows in parts.items()
+        }
+
     def accuracies(self) -> dict[str, float]:
         """Means over the samples: ``clean_accuracy``, ``accuracy`` (the worst case of each), ``accuracy_{attack}``."""
         rows = {f"accuracy_{name}": self.correct(name) for name in self.attacks}
-        worst = torch.stack(list(rows.values())).amin(0)
-        means = {"clean_accuracy": self.correct(), "accuracy": worst, **rows}
+        means = {"clean_accuracy": self.correct(), "accuracy": self.worst(), **rows}
         return {name: float(right.sum() / self.n) for name, right in means.items()}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_robust.attach.batches import as_path, copied, described, get, leaves, rebuilt, resized, shown
+from lightning_robust.attach.batches import as_path, copied, described, get, leaves, rebuilt, resized, selected, shown
 
 Pair = namedtuple("Pair", "image label")
 
@@ -159,3 +159,34 @@ def test_a_copy_shares_no_memory_and_what_is_no_tensor_is_not_copied() -> None:
     with torch.inference_mode():
         inference = torch.zeros(2)
     assert not copied(inference).is_inference()
+
+
+@pytest.mark.parametrize("rows", [[0], [2, 0], [1, 1, 1], [2, 1, 0, 2], []])
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_samples_of_a_batch_in_any_order_in_a_batch_of_the_same_make(kind: str, rows: list[int]) -> None:
+    image, label = torch.arange(12).view(3, 4), torch.tensor([5, 6, 7])
+    batch = made(kind, image, label)
+    fresh = selected(batch, 3, rows)
+    paths = [path for path, leaf in leaves(batch) if isinstance(leaf, torch.Tensor)]
+    assert [get(fresh, path).tolist() for path in paths] == [get(batch, path)[rows].tolist() for path in paths]
+    assert type(fresh) is type(batch)
+    assert (image.shape, label.tolist()) == ((3, 4), [5, 6, 7])
+    with torch.no_grad():
+        for path in paths:
+            get(fresh, path).add_(100)
+    assert (int(image.max()), int(label.max())) == (11, 7)  # a copy, not a view
+
+
+def test_of_each_list_with_an_entry_a_sample_the_same_samples_are_taken() -> None:
+    batch = {"x": torch.arange(3), "name": ["a", "b", "c"], "id": (1, None, 3), "shared": torch.ones(2, 3), "k": 3}
+    fresh = selected(batch, 3, [2, 0])
+    assert (fresh["x"].tolist(), fresh["name"], fresh["id"]) == ([2, 0], ["c", "a"], (3, 1))
+    assert fresh["shared"] is batch["shared"]
+    assert fresh["k"] == 3
+
+
+def test_gradients_flow_back_to_the_samples_that_were_taken() -> None:
+    x = torch.zeros(3, 2, requires_grad=True)
+    selected([x], 3, [2, 0, 2])[0].sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[1, 1], [0, 0], [2, 2]]

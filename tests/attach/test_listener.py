@@ -471,8 +471,10 @@ def test_all_four_monitors_cost_that_forward_and_their_own_queries() -> None:
         OODMonitor(max_samples=20),
         TemperatureScaling(),
     ]
-    # On the first two batches (20 samples): clean, the attack's query, attacked; three synthetic sets.
-    assert forwards(Recording, "validate", monitors) == forwards(Recording, "validate", []) + 1 + 2 * (3 + 3)
+    # On the first two batches (20 samples): clean, the attack's query, attacked; three synthetic sets. Once, with three
+    # forwards, it is tried out whether batches can be taken apart; then a batch without a right answer is not attacked.
+    least = forwards(Recording, "validate", []) + 1 + 2 * (2 + 3)
+    assert least <= forwards(Recording, "validate", monitors) <= least + 2 + 3
 
 
 @pytest.mark.parametrize("run", ["fit", "validate", "test"])

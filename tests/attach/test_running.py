@@ -233,12 +233,23 @@ def test_a_failed_step_does_not_leave_itself_running() -> None:
     assert perturbed(module, batch) is batch
 
 
-def test_who_feeds_by_hand_and_adds_attacks_beside_the_step() -> None:
+def test_who_feeds_by_hand_and_adds_by_hand_does_both() -> None:
     module = Asking()
-    install(module, "TRADES", feed=doubled, add=ten_w, by_hand=True)
+    install(module, "MART", feed=doubled, add=ten_w, by_hand=True)
     loss = module.training_step([torch.full((1, 1), 3.0)], 0)
-    assert module.seen == [3.0]
-    assert float(loss.detach()) == 6**2 + 10 * 2
+    assert module.seen == [6.0]
+    assert float(loss.detach()) == 12**2 + 10 * 2
+
+
+def test_who_feeds_and_adds_by_hand_misses_either_call() -> None:
+    class OnlyFed(Asking):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.loss(perturbed(self, batch)[0])
+
+    module = OnlyFed()
+    install(module, "MART", feed=doubled, add=ten_w, by_hand=True)
+    with pytest.raises(RuntimeError, match=r"MART: OnlyFed says .*did not call self.robust_loss\(loss\)"):
+        module.training_step([torch.ones(1, 1)], 0)
 
 
 def test_two_penalties_by_inputs_that_overlap_without_being_the_same_are_refused() -> None:

@@ -1,12 +1,28 @@
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_robust.attacks.objectives import cross_entropy, input_gradient, margin, margin_of
-from lightning_robust.pixels import PixelSpace
+from lightning_robust.attacks.objectives import (
+    OBJECTIVES,
+    DivergenceFrom,
+    OnHead,
+    Towards,
+    check_objective,
+    cross_entropy,
+    dlr,
+    margin,
+    margin_of,
+    narrowed,
+    objective_named,
+    targeted_dlr,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,20 +83,196 @@ def test_cross_entropy_is_per_sample_and_pixels_are_summed() -> None:
 
 def test_low_precision_logits_are_computed_in_float32() -> None:
     logits, y = torch.randn(4, 3).bfloat16(), torch.tensor([0, 2, 1, 2])
-    for objective in (cross_entropy, margin):
+    for objective in (cross_entropy, margin, dlr):
         assert torch.equal(objective(logits, y), objective(logits.float(), y))
         assert objective(logits, y).dtype == torch.float32
 
 
-def test_the_input_gradient_of_a_linear_model_is_known_in_pixels() -> None:
-    """Logits W (p - m) / s: the gradient of cross-entropy in p is W^T (softmax - onehot) / s, in any batch."""
-    space, weight = PixelSpace(mean=(0.5, 0.4), std=(0.25, 0.5)), torch.tensor([[1.0, -2.0], [0.5, 3.0], [0.0, 1.0]])
-    pixels, y = torch.rand(5, 2), torch.tensor([0, 2, 1, 1, 0])
-    std = torch.tensor([0.25, 0.5])
-    logits = (pixels - torch.tensor([0.5, 0.4])) / std @ weight.T
-    expected = (logits.softmax(1) - F.one_hot(y, 3)) @ weight / std
+def peer(name: str) -> Any:
+    """An outside implementation; what it warns about while it is imported is not about us."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(name)
 
-    gradient = input_gradient(cross_entropy, lambda x: x @ weight.T, space, pixels, y, like=pixels)
-    torch.testing.assert_close(gradient, expected)
-    alone = input_gradient(cross_entropy, lambda x: x @ weight.T, space, pixels[:1], y[:1], like=pixels)
-    torch.testing.assert_close(alone, expected[:1])
+
+@pytest.mark.parametrize(
+    ("logits", "y", "value"),
+    [
+        ([[5.0, 3.0, 1.0]], [0], [-2 / 4]),
+        ([[5.0, 3.0, 1.0]], [1], [2 / 4]),
+        ([[5.0, 3.0, 1.0]], [2], [4 / 4]),
+        ([[7.0, 1.0, 4.0, 0.0, 3.0]], [0], [-3 / 4]),
+        ([[5.0, 3.0]], [0], [-2.0]),
+        ([[5.0, 3.0]], [1], [2.0]),
+        ([[5.0, 3.0, 1.0]], [[0.1, 0.7, 0.2]], [2 / 4]),
+        ([[5.0, 3.0, 1.0], [5.0, 3.0, 1.0]], [-100, 0], [0.0, -0.5]),
+        ([[[5.0, 0.0], [3.0, 0.0], [1.0, 2.0]]], [[0, 0]], [(-0.5 + 1.0) / 2]),
+        ([[2.0, 2.0, 2.0]], [0], [0.0]),
+    ],
+    ids=["right", "wrong", "last", "five", "two", "two, wrong", "soft labels", "ignored", "pixels", "all equal"],
+)
+def test_dlr_is_the_margin_over_the_distance_of_the_first_from_the_third(logits: Any, y: Any, value: Any) -> None:
+    assert dlr(torch.tensor(logits), torch.tensor(y)).tolist() == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("logits", "y", "target", "value"),
+    [
+        ([6.0, 4.0, 3.0, 1.0], 0, 1, (4 - 6) / (6 - 2)),
+        ([6.0, 4.0, 3.0, 1.0], 3, 0, (6 - 1) / (6 - 2)),
+        ([0.0, 6.0, 1.0, 3.0, 5.0], 1, 0, (0 - 6) / (6 - 2)),
+        ([6.0, 4.0, 3.0], 0, 2, -3.0),
+        ([6.0, 4.0], 1, 0, 2.0),
+    ],
+)
+def test_targeted_dlr_is_the_way_to_a_class_over_the_spread(logits: Any, y: int, target: int, value: float) -> None:
+    found = targeted_dlr(torch.tensor([logits]), torch.tensor([y]), torch.tensor([target]))
+    assert found.tolist() == pytest.approx([value])
+
+
+@pytest.mark.parametrize("classes", [3, 4, 10])
+def test_dlr_is_that_of_pyautoattack_in_value_and_gradient(classes: int) -> None:
+    theirs = peer("pyautoattack.autopgd_base").APGDAttack.dlr_loss
+    logits, y = 3 * torch.randn(200, classes, dtype=torch.float64), torch.randint(classes, (200,))
+    compare(lambda z: dlr(z, y), lambda z: theirs(None, z, y), logits)
+
+
+@pytest.mark.parametrize("classes", [4, 10])
+def test_targeted_dlr_is_that_of_pyautoattack_in_value_and_gradient(classes: int) -> None:
+    theirs = peer("pyautoattack.autopgd_base").APGDAttack_targeted.dlr_loss_targeted
+    logits, y = 3 * torch.randn(200, classes, dtype=torch.float64), torch.randint(classes, (200,))
+    target = (y + torch.randint(1, classes, (200,))) % classes
+    compare(lambda z: targeted_dlr(z, y, target), lambda z: theirs(SimpleNamespace(y_target=target), z, y), logits)
+
+
+def compare(ours: Any, theirs: Any, logits: Tensor) -> None:
+    one, other = logits.float().requires_grad_(), logits.float().requires_grad_()
+    value, expected = ours(one), theirs(other)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(v.sum(), z)[0] for v, z in ((value, one), (expected, other))), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("classes", [3, 4, 10])
+def test_neither_a_factor_nor_a_shift_of_the_logits_moves_dlr(classes: int) -> None:
+    logits, y = torch.randn(100, classes), torch.randint(classes, (100,))
+    towards = (y + 1) % classes
+    for change in (lambda z: 1000 * z, lambda z: z / 1000, lambda z: z + 7, lambda z: 64 * z - 3):
+        torch.testing.assert_close(dlr(change(logits), y), dlr(logits, y), rtol=1e-4, atol=1e-4)
+        if classes > 3:
+            moved, expected = targeted_dlr(change(logits), y, towards), targeted_dlr(logits, y, towards)
+            torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_with_two_classes_a_shift_moves_nothing_and_dlr_is_the_margin() -> None:
+    logits, y = torch.randn(100, 2), torch.randint(2, (100,))
+    assert torch.equal(dlr(logits, y), margin(logits, y))
+    assert torch.equal(targeted_dlr(logits, y, 1 - y), margin(logits, y))
+    torch.testing.assert_close(dlr(logits + 5, y), dlr(logits, y), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_the_sign_of_dlr_says_whether_the_prediction_is_wrong(classes: int) -> None:
+    logits, y = torch.randn(500, classes), torch.randint(classes, (500,))
+    assert torch.equal(dlr(logits, y) > 0, logits.argmax(1) != y)
+
+
+def test_logits_that_are_all_equal_make_no_nan() -> None:
+    for classes in (2, 3, 4):
+        logits, y = torch.zeros(2, classes, requires_grad=True), torch.tensor([0, 1])
+        for value in (dlr(logits, y), targeted_dlr(logits, y, 1 - y)):
+            (gradient,) = torch.autograd.grad(value.sum(), logits)
+            assert bool(value.isfinite().all())
+            assert bool(gradient.isfinite().all())
+
+
+class YesNo:
+    """A head of one logit, as a model with binary cross-entropy has it."""
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, y.float(), reduction="none")
+
+    def head(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.stack([torch.zeros_like(logits), logits], 1), y.long()
+
+    def margin(self, logits: Tensor, y: Tensor) -> Tensor:
+        return margin(*self.head(logits, y))
+
+
+def test_an_objective_of_class_logits_works_on_another_head() -> None:
+    owner, logits, y = YesNo(), torch.tensor([2.0, -1.0]), torch.tensor([1, 1])
+    found = OnHead(dlr, owner)
+    assert found(logits, y).tolist() == [-2, 1]
+    assert found.margin(logits, y).tolist() == [-2, 1]
+    assert OnHead(cross_entropy, owner)(logits, y).tolist() == pytest.approx(owner(logits, y).tolist())
+    plain, classes = OnHead(dlr), torch.tensor([[5.0, 3.0, 1.0]])
+    assert plain(classes, torch.tensor([0])).tolist() == [-0.5]
+    assert plain.margin(classes, torch.tensor([0])).tolist() == [-2]
+
+
+def test_the_divergence_from_itself_is_zero_and_otherwise_kl() -> None:
+    clean, now, y = torch.randn(5, 4), torch.randn(5, 4), torch.zeros(5, dtype=torch.long)
+    objective = DivergenceFrom(clean.log_softmax(1))
+    torch.testing.assert_close(objective(clean, y), torch.zeros(5), rtol=0, atol=1e-6)
+    expected = (clean.softmax(1) * (clean.log_softmax(1) - now.log_softmax(1))).sum(1)
+    torch.testing.assert_close(objective(now, y), expected)
+    rows = torch.tensor([3, 0])
+    torch.testing.assert_close(objective.at(rows)(now[rows], y[rows]), expected[rows])
+
+
+def test_towards_falls_with_the_loss_of_the_target_and_its_margin_says_when_it_is_reached() -> None:
+    logits, target, y = torch.randn(200, 5), torch.randint(5, (200,)), torch.randint(5, (200,))
+    objective = Towards(target)
+    torch.testing.assert_close(objective(logits, y), -F.cross_entropy(logits, target, reduction="none"))
+    assert torch.equal(objective.margin(logits, y) > 0, logits.argmax(1) == target)
+    rows = torch.tensor([5, 17])
+    torch.testing.assert_close(objective.at(rows)(logits[rows], y[rows]), objective(logits, y)[rows])
+
+
+def test_towards_on_another_head_reaches_the_other_answer() -> None:
+    logits, target = torch.tensor([2.0, -1.0]), torch.tensor([0, 0])
+    objective = Towards(target, YesNo())
+    assert objective.margin(logits, 1 - target).tolist() == [-2, 1]
+    expected = -F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
+    torch.testing.assert_close(objective(logits, 1 - target), expected)
+
+
+def test_rows_of_an_objective_are_passed_down_to_its_parts() -> None:
+    log_p, rows = torch.randn(4, 3).log_softmax(1), torch.tensor([2])
+    part = OnHead(DivergenceFrom(log_p), YesNo()).at(rows)
+    assert torch.equal(part.function.log_p, log_p[rows])
+    assert narrowed(dlr, rows) is dlr
+
+
+def test_a_name_stands_for_a_function_on_the_head_of_the_model() -> None:
+    asked: list[int] = []
+    clean, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+
+    def logits() -> Tensor:
+        asked.append(1)
+        return clean
+
+    own = YesNo()
+    assert objective_named(None, None, logits, y) is cross_entropy
+    assert objective_named(None, own, logits, y) is own
+    assert objective_named(own, None, logits, y) is own
+    assert objective_named("dlr", own, logits, y) == OnHead(dlr, own)
+    assert objective_named(margin, own, logits, y) == OnHead(margin, own)
+    assert objective_named(margin, None, logits, y) is margin
+    assert not asked  # the clean prediction costs a forward pass
+    kl = objective_named("kl", None, logits, y)
+    assert asked == [1]
+    assert torch.equal(kl.function.log_p, clean.log_softmax(1))
+    torch.testing.assert_close(kl(clean, y), torch.zeros(3), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", ["ce", "DLR", 3, ["dlr"]])
+def test_an_unknown_objective_is_refused_with_the_known_ones(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"'cross_entropy', 'margin', 'dlr', 'kl' or a callable, got"):
+        check_objective(given)
+
+
+@pytest.mark.parametrize("given", [None, "kl", *OBJECTIVES, margin])
+def test_known_objectives_are_accepted(given: Any) -> None:
+    check_objective(given)

@@ -4,13 +4,16 @@ import itertools
 import math
 import warnings
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_robust.attacks import PGD, ThreatModel, cross_entropy, guard, margin
+from lightning_robust.attacks.objectives import OBJECTIVES
 from lightning_robust.pixels import PixelSpace
 from lightning_robust.randomness import seeded
 
@@ -253,10 +256,16 @@ def test_names_tell_the_settings_that_matter_apart() -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_an_objective_without_slope_leaves_the_input_and_makes_no_nan(norm: Norm) -> None:
-    x, y = torch.rand(4, 4), torch.zeros(4, dtype=torch.long)
-    attack = PGD(ThreatModel(norm, 0.1), start="zero")
-    assert torch.equal(attack(lambda v: v @ torch.zeros(4, 3), x, y), x)
+def test_where_the_gradient_is_zero_it_walks_at_random_inside_the_ball(norm: Norm) -> None:
+    x, y, threat = torch.full((4, 4), 0.5), torch.zeros(4, dtype=torch.long), ThreatModel(norm, 0.1)
+    attack = PGD(threat, start="zero")
+    found = [attack(lambda v: v @ torch.zeros(4, 3), x, y, generator=seeded(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert bool(found[0].isfinite().all())
+    moved = threat.distance(found[0], x)
+    assert bool((moved > 0).all())
+    assert bool((moved <= 0.1 + 1e-6).all())
 
 
 def test_a_gaussian_start_leaves_the_point_where_the_objective_is_flat() -> None:
@@ -266,7 +275,8 @@ def test_a_gaussian_start_leaves_the_point_where_the_objective_is_flat() -> None
         return (logits - linear(x)).square().sum(1)
 
     threat = ThreatModel("linf", 0.1)
-    assert torch.equal(PGD(threat, start="zero", objective=moved)(linear, x, y), x)
+    (gradient,) = torch.autograd.grad(moved(linear(leaf := x.clone().requires_grad_()), y).sum(), leaf)
+    assert torch.equal(gradient, torch.zeros_like(x))
     found = PGD(threat, start="gaussian", objective=moved)(linear, x, y, generator=seeded(0))
     torch.testing.assert_close((found - x).abs(), torch.full((3, 4), 0.1))
 
@@ -299,3 +309,184 @@ def test_inputs_outside_the_pixel_space_are_an_error_and_widened_ones_are_not_mo
     found = PGD(ThreatModel("linf", 0.1, PixelSpace(outside="widen")))(linear, x, y)
     # Uphill is (-, +, -, -): the first three may be followed, the last already lies below the box.
     torch.testing.assert_close(found, torch.tensor([[0.4, 0.6, 1.3, -0.3]]))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_towards_given_classes_every_pixel_is_that_of_torchattacks(
+    net: nn.Module, batch: tuple[Tensor, Tensor], norm: Norm
+) -> None:
+    torchattacks, (eps, step) = peer("torchattacks"), (0.06, 0.02) if norm == "linf" else (0.8, 0.25)
+    theirs = torchattacks.PGD if norm == "linf" else torchattacks.PGDL2
+    attack, aims = theirs(net, eps=eps, alpha=step, steps=10, random_start=False), (batch[1] + 2) % 5
+    attack.set_mode_targeted_by_label(quiet=True)
+    expected = attack(batch[0], aims)
+    found = replace(ours(norm, eps, step, 10), targeted="given")(net, batch[0], aims)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_best_iterate_is_that_of_a_loop_that_looks_at_every_one(
+    net: nn.Module, batch: tuple[Tensor, Tensor], norm: Norm
+) -> None:
+    net, x, y, threat, steps = net.double(), batch[0].double(), batch[1], ThreatModel(norm, 0.3), 6
+    pixels = threat.random_start(x, (0.0, 1.0), seeded(2))
+    iterates = [pixels]
+    for _ in range(steps):
+        leaf = pixels.clone().requires_grad_()
+        # In float32, as the library does: what is compared is the loop.
+        (gradient,) = torch.autograd.grad(F.cross_entropy(net(leaf).float(), y, reduction="sum"), leaf)
+        pixels = threat.project(pixels + 0.3 * threat.steepest(gradient), x, (0.0, 1.0))
+        iterates.append(pixels)
+    margins = torch.stack([margin(net(p), y) for p in iterates]).detach()
+    attack = PGD(threat, steps=steps, step_size=0.3, keep="best")
+    found = attack(net, x, y, generator=seeded(2))
+    torch.testing.assert_close(found, torch.stack(iterates)[margins.argmax(0), torch.arange(8)], rtol=0, atol=1e-12)
+    assert len(set(margins.argmax(0).tolist())) > 1
+    last = replace(attack, keep="last")(net, x, y, generator=seeded(2))
+    torch.testing.assert_close(last, pixels, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "margin", "dlr", "kl"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_best_iterate_is_never_weaker_than_the_last(
+    net: nn.Module, batch: tuple[Tensor, Tensor], norm: Norm, objective: str
+) -> None:
+    x, y = batch
+    attack = PGD(ThreatModel(norm, 0.3), steps=4, objective=objective)
+    last, best = (
+        margin(net(replace(attack, keep=keep)(net, x, y, generator=seeded(0))), y) for keep in ("last", "best")
+    )
+    assert bool((best >= last - 1e-6).all())
+
+
+def test_the_last_iterate_is_a_candidate() -> None:
+    """Every step of a linear model goes up: the last one is the best."""
+    x, y = torch.full((2, 4), 0.5), torch.tensor([0, 1])
+    attack = PGD(ThreatModel("linf", 0.1), steps=4, step_size=0.025, start="zero")
+    found = replace(attack, keep="best")(linear, x, y)
+    assert torch.equal(found, attack(linear, x, y))
+    torch.testing.assert_close((found - x).abs(), torch.full((2, 4), 0.1))
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+@pytest.mark.parametrize("norm", NORMS)
+def test_leaving_fooled_samples_alone_changes_neither_robust_accuracy_nor_those_that_hold(
+    net: nn.Module, norm: Norm, restarts: int
+) -> None:
+    x = torch.rand(40, 3, 8, 8, dtype=torch.float64, generator=seeded(8))
+    net = net.double()
+    y, sizes = net(x).argmax(1), []
+    y[:5] = (y[:5] + 1) % 5  # some are wrong as they are
+
+    def logits_fn(z: Tensor) -> Tensor:
+        sizes.append(len(z))
+        return net(z)  # type: ignore[no-any-return]  # modules have no types
+
+    eps = 0.1 if norm == "linf" else 1.0
+    attack = PGD(ThreatModel(norm, eps), steps=5, keep="best", restarts=restarts)
+    # One generator a sample: what a sample draws does not depend on who else is still searched.
+    whole = attack(logits_fn, x, y, generator=[seeded(9, i) for i in range(40)])
+    dear, sizes = sum(sizes), []
+    early = replace(attack, early_exit=True)(logits_fn, x, y, generator=[seeded(9, i) for i in range(40)])
+    holds = net(whole).argmax(1) == y
+    assert 5 < int(holds.sum()) < 35
+    assert torch.equal(net(early).argmax(1) == y, holds)
+    torch.testing.assert_close(early[holds], whole[holds], rtol=0, atol=1e-12)
+    assert sum(sizes) < dear
+    assert sizes == sorted(sizes, reverse=True) or restarts > 1
+    assert dear == 40 * (6 * restarts + (restarts if restarts > 1 else 0))
+
+
+def test_samples_that_are_wrong_from_the_start_cost_one_look() -> None:
+    x, y, sizes = torch.tensor([[0.9, 0.1], [0.1, 0.9]]), torch.tensor([1, 0]), []
+
+    def logits_fn(z: Tensor) -> Tensor:
+        sizes.append(len(z))
+        return z
+
+    found = PGD(ThreatModel("linf", 0.1), steps=9, start="zero", early_exit=True)(logits_fn, x, y)
+    assert sizes == [2]
+    assert torch.equal(found, x)
+
+
+def test_early_exit_keeps_the_best_and_not_the_last() -> None:
+    assert PGD(ThreatModel("linf", 0.1), early_exit=True).keep == "best"
+    with pytest.raises(ValueError, match=r"'best' with early_exit=True.*got keep='last', early_exit=True"):
+        PGD(ThreatModel("linf", 0.1), keep="last", early_exit=True)
+    with pytest.raises(ValueError, match=r"keep=.*got keep='first'"):
+        PGD(ThreatModel("linf", 0.1), keep="first")  # type: ignore[arg-type]  # the mistake under test
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "margin", "dlr"])
+def test_a_named_objective_is_its_function(net: nn.Module, batch: tuple[Tensor, Tensor], name: str) -> None:
+    attack = PGD(ThreatModel("linf", 0.1), steps=3)
+    named, given = (replace(attack, objective=o)(net, *batch, generator=seeded(1)) for o in (name, OBJECTIVES[name]))
+    assert torch.equal(named, given)
+
+
+def test_objectives_differ_and_unknown_ones_are_refused(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    attack = PGD(ThreatModel("linf", 0.1), steps=3)
+    names = ["cross_entropy", "margin", "dlr", "kl"]
+    found = [replace(attack, objective=name)(net, *batch, generator=seeded(1)) for name in names]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(found, 2))
+    assert len({replace(attack, objective=name).name for name in names}) == 4
+    with pytest.raises(ValueError, match=r"objective= must be one of .* got 'ce'"):
+        PGD(ThreatModel("linf", 0.1), objective="ce")
+
+
+@pytest.mark.parametrize("space", [PixelSpace(), PixelSpace(mean=MEAN, std=STD), PixelSpace(bounds=(0, 255))], ids=str)
+def test_away_from_the_clean_prediction_it_is_the_inner_loop_of_trades(net: nn.Module, space: PixelSpace) -> None:
+    """Zhang et al., 2019, algorithm 1: from 0.001 N(0, 1) uphill on KL(clean || perturbed), in pixels of [0, 1]."""
+    high = (space.bounds or (0, 1))[1]
+    net, clean = net.double(), high * torch.rand(8, 3, 8, 8, dtype=torch.float64, generator=seeded(3))
+
+    def of(pixels: Tensor) -> Tensor:
+        # In float32, as the library does: the gradient of KL is almost zero here, and its sign is what counts.
+        return net(space.to_model(pixels)).float().log_softmax(1)  # type: ignore[no-any-return]  # modules have no types
+
+    eps, step, fixed = 0.031 * high, 0.007 * high, of(clean).detach()
+
+    def inside(pixels: Tensor) -> Tensor:
+        return (clean + (pixels - clean).clamp(-eps, eps)).clamp(0, high)
+
+    # Inside the box, which the published code leaves here.
+    moved = inside(clean + 0.001 * high * torch.randn(clean.shape, dtype=torch.float64, generator=seeded(6)))
+    for _ in range(10):
+        leaf = moved.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.kl_div(of(leaf), fixed, reduction="sum", log_target=True), leaf)
+        moved = inside(leaf.detach() + step * gradient.sign())
+    attack = PGD(ThreatModel("linf", eps, space), steps=10, step_size=step, start="gaussian", objective="kl")
+    found = attack(net, space.to_model(clean), torch.zeros(8).long(), generator=seeded(6))
+    torch.testing.assert_close(space.to_pixels(found), moved, rtol=0, atol=1e-6 * high)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("keep", ["last", "best"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_inputs_and_logits_in_half_precision_stay_in_the_ball(
+    net: nn.Module, batch: tuple[Tensor, Tensor], norm: Norm, keep: Any, dtype: torch.dtype
+) -> None:
+    space, y = PixelSpace(mean=MEAN, std=STD), batch[1]
+    x = space.to_model(batch[0]).to(dtype)
+    attack = PGD(ThreatModel(norm, 0.2, space), steps=3, keep=keep, restarts=2)
+    found = guard(attack)(net.to(dtype), x, y, generator=seeded(0))
+    assert found.dtype == dtype
+    moved = attack.threat.distance(space.to_pixels(found), space.to_pixels(x))
+    over = torch.finfo(dtype).eps * (192**0.5 if norm == "l2" else 1)
+    assert float(moved.max()) <= 0.2 + over
+    assert float(moved.min()) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_it_goes_nearly_where_it_goes_in_full_precision(
+    net: nn.Module, batch: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    def mixed(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=dtype):
+            return net(x)  # type: ignore[no-any-return]  # modules have no types
+
+    attack = PGD(ThreatModel("linf", 0.05), steps=1, start="zero")
+    found, exact = (attack(fn, *batch) for fn in (mixed, net))
+    assert mixed(batch[0]).dtype == dtype
+    assert found.dtype == torch.float32
+    assert float((found == exact).float().mean()) > 0.97

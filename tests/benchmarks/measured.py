@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_robust import (
     PGD,
@@ -84,8 +84,8 @@ def _crafted(callback: AdversarialTraining, repeats: int, module: Any, batch: An
             torch.autograd.grad(F.cross_entropy(net(leaf), y), leaf)
 
     def ours() -> None:
-        callback._crafted = None
-        callback._craft_once(step)
+        callback.adversary.crafted = None
+        callback._craft(step)
 
     def by_hand() -> torch.Tensor:
         return subjects.pgd(net, x, y, seeded(0, 0, 0, 0))
@@ -225,6 +225,70 @@ def evaluation() -> list[Row]:
     return compared("evaluation", subject.name, seconds, "by hand")
 
 
+def trades() -> list[Row]:
+    """The inner loop of TRADES over its official formulation, which predicts the clean batch anew in each step."""
+    subject = Subject("cnn", 128)
+    progress(f"trades: {subject.name}")
+    callback = AdversarialTraining(PGD(THREAT, steps=STEPS), "trades")
+    inside = _Inside(partial(_diverged, callback))
+    trainer(callback, inside, max_steps=1).fit(Plain(subject.net()), subject.loader)
+    return compared("trades", subject.name, inside.seconds, "official formulation", {"AdversarialTraining": 0.8})
+
+
+def _diverged(callback: AdversarialTraining, module: Any, batch: Any) -> dict[str, list[float]]:
+    x, _ = batch
+    net, step = deepcopy(module.net).eval(), Step.of(module, "training_step", batch, 0)
+
+    def official() -> None:
+        moved = x + 0.001 * torch.randn_like(x)
+        for _ in range(STEPS):
+            moved = moved.detach().requires_grad_()
+            # The clean prediction stands in the graph, and is computed in each step.
+            loss = F.kl_div(net(moved).log_softmax(1), net(x).softmax(1), reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, moved)
+            moved = (x + (moved.detach() + 0.007 * gradient.sign() - x).clamp(-EPS, EPS)).clamp(0, 1)
+
+    def ours() -> None:
+        callback.adversary.crafted = None
+        callback._craft(step)
+
+    return interleaved({"official formulation": official, "AdversarialTraining": ours}, 5)
+
+
+def survivors() -> list[Row]:
+    """A validation epoch with PGD-10 that leaves fooled samples alone, over one that goes on with all of them."""
+    subject = Subject("cnn", 250, size=28, channels=1)
+    progress(f"survivors: {subject.name}")
+    on_a_grid = DataLoader(TensorDataset((8 * subject.x).round() / 8, subject.y), len(subject.x))
+    rows: list[Row] = []
+    for share in (0.0, 0.5, 1.0):
+        module = _Holding(subject.net(), share)
+        contenders = {
+            "all to the end": partial(_validated, module, on_a_grid, PGD(THREAT, steps=STEPS, keep="last")),
+            "survivors only": partial(_validated, module, on_a_grid, PGD(THREAT, steps=STEPS)),
+        }
+        rows += compared("survivors", f"{share:.0%} hold", interleaved(contenders, 3, warmup=1), "all to the end")
+    return rows
+
+
+class _Holding(Plain):
+    """A share of the samples holds whatever happens, the others fall to any noise; the work is that of the net."""
+
+    def __init__(self, net: nn.Module, share: float) -> None:
+        super().__init__(net)
+        self.share = share
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        off = (8 * x - (8 * x).round()).square().mean((1, 2, 3))  # 0 for the pixels as they are
+        sure = 1 - 1e4 * off * (y >= 10 * self.share)
+        return F.cross_entropy(1e-6 * self.net(x) + F.one_hot(y, 10) * sure.unsqueeze(1), y)
+
+
+def _validated(module: Any, batches: Any, attack: Any) -> None:
+    trainer(RobustAccuracy(attack, examples=0)).validate(module, batches, verbose=False)
+
+
 def penalties() -> list[Row]:
     """A whole Trainer.fit of one epoch with a penalty on input gradients over the same written into the module."""
     subject = Subject("cnn", 128, batches=6, size=28, channels=1)
@@ -313,7 +377,9 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "epoch": epoch,
     "seam": seam,
     "read": read,
+    "trades": trades,
     "evaluation": evaluation,
+    "survivors": survivors,
     "penalties": penalties,
     "monitors": monitors,
     "ece": ece,

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_robust.calibration import Reliability, reliability_diagram
-from lightning_robust.calibration.diagram import BAR, BOTTOM, LEFT, RIGHT, STRIP, STRIP_BOTTOM, STRIP_TOP, TOP, _wilson
+from lightning_robust.calibration.diagram import BAR, BOTTOM, LEFT, RIGHT, STRIP, STRIP_BOTTOM, STRIP_TOP, TOP
+from lightning_robust.intervals import wilson
 
 
 def counted(bins: int = 10, **filled: tuple[int, int]) -> Reliability:
@@ -65,8 +66,8 @@ def test_few_predictions_have_a_long_whisker() -> None:
 
 def test_the_band_is_wilsons() -> None:
     # Ten of ten: the lower end is 1 / (1 + z**2 / n), the upper end 1.
-    assert _wilson(1.0, 10) == (pytest.approx(1 / (1 + 1.96**2 / 10)), pytest.approx(1.0))
-    low, high = _wilson(0.5, 10**6)
+    assert wilson(1.0, 10) == (pytest.approx(1 / (1 + 1.96**2 / 10)), pytest.approx(1.0))
+    low, high = wilson(0.5, 10**6)
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / 1000, rel=1e-4)
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lightning_robust import NFGSM, PGD, AdversarialTraining, PixelSpace, ThreatModel
 from lightning_robust.attacks import JointThreat
+from lightning_robust.callbacks.adversary import Adversary
 from lightning_robust.randomness import seeded
 
 THREAT = ThreatModel("linf", 0.1)
@@ -134,12 +135,12 @@ class WithLBFGS(Asymmetric):
 
 @pytest.mark.parametrize("method", ["madry", "trades"])
 def test_lbfgs_meets_one_perturbation_in_all_its_closure_calls(method: str) -> None:
-    crafted: list[Tensor] = []
+    crafted: list[Any] = []
 
     class Counting(AdversarialTraining):
-        def _attack_now(self, reading: Any) -> Any:
-            crafted.append(reading.x)
-            return super()._attack_now(reading)
+        def _attack_now(self) -> Any:
+            crafted.append(super()._attack_now())
+            return crafted[-1]
 
     module = zoo.built(WithLBFGS)
     zoo.trainer(max_steps=2, callbacks=[Counting(PGD(THREAT, steps=2), method)]).fit(module, zoo.loader(WithLBFGS))
@@ -159,16 +160,16 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
     assert not torch.equal(weights(0), weights(1))
 
 
-def test_warm_up_lets_the_radius_grow_in_every_step_and_stay() -> None:
+def test_warm_up_lets_the_radius_grow_in_every_step_and_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     radii: list[float] = []
+    fitted = Adversary.fitted
 
-    class Watching(AdversarialTraining):
-        def _attack_now(self, reading: Any) -> Any:
-            attack = super()._attack_now(reading)
-            radii.append(attack.threat.eps)
-            return attack
+    def watched(self: Adversary, *args: Any) -> Any:
+        radii.append(fitted(self, *args).threat.eps)
+        return fitted(self, *args)
 
-    callback = Watching(PGD(THREAT, steps=2, step_size=0.1), warmup_epochs=2)
+    monkeypatch.setattr(Adversary, "fitted", watched)
+    callback = AdversarialTraining(PGD(THREAT, steps=2, step_size=0.1), warmup_epochs=2)
     zoo.trainer(max_epochs=3, callbacks=[callback]).fit(zoo.built(zoo.ListBatch), zoo.loader(zoo.ListBatch))
     assert radii == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
 
@@ -269,7 +270,7 @@ def test_trades_logs_its_terms() -> None:
 
 
 CONFLICTS: list[tuple[Any, dict[str, Any], str]] = [
-    (THREAT, {"method": "trade"}, "one of madry, trades, n-fgsm.*Did you mean 'trades'"),
+    (THREAT, {"method": "trade"}, "one of madry, trades, mart.*Did you mean 'trades'"),
     (PGD(THREAT), {"method": "n-fgsm"}, "brings its own attack.*got pgd10_linf_0.1"),
     (NFGSM(THREAT), {"method": "trades"}, "give a PGD or a ThreatModel, got nfgsm"),
     (PGD(THREAT, start="uniform"), {"method": "trades"}, "start='uniform'. Leave both out"),

@@ -147,7 +147,7 @@ def test_the_checkpoint_holds_what_was_measured_on_its_own_weights(tmp_path: Any
             save_weights_only=weights_only,
             save_top_k=-1,
         )
-        attack = PGD(THREAT, steps=2, start="zero")
+        attack = PGD(THREAT, steps=2, start="zero", keep="last")
         trainer = zoo.trainer(max_epochs=3, enable_checkpointing=True, callbacks=[keep, RobustAccuracy(attack)])
         module = zoo.built(WithTestStep)
         trainer.fit(module, data(), data())
@@ -201,7 +201,10 @@ def test_several_loaders_keep_their_names_and_the_first_its_plain_keys() -> None
     trainer.validate(module, [data(30), data(20)], verbose=False)
     assert {k for k in trainer.callback_metrics if k.startswith("robust")} == {
         f"robust/val/{metric}{suffix}"
-        for metric in ("clean_accuracy", "accuracy", "accuracy_pgd1_linf_0.05")
+        for metric in (
+            *("clean_accuracy", "accuracy", "accuracy_pgd1_linf_0.05", "worst_class_accuracy"),
+            *("interval_low", "interval_high", "samples"),
+        )
         for suffix in ("", "/1")
     }
 

@@ -58,5 +58,5 @@ def test_hyper_parameters_rebuild_the_classifier_from_a_checkpoint(tmp_path: Pat
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     again = Classifier.load_from_checkpoint(tmp_path / "model.ckpt")
-    assert dict(again.hparams) == {"lr": 0.02, "channels": 2, "classes": 3, "size": 8}
+    assert dict(again.hparams) == {"lr": 0.02, "channels": 2, "classes": 3, "size": 8, "width": 32}
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), again.parameters(), strict=True))

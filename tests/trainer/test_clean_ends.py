@@ -277,6 +277,11 @@ def test_ctrl_c_in_any_forward_whoever_runs_it_leaves_the_module_clean(method: s
     for last in range(1, forwards + 1):
         module = counted(every(method), last)
         seen.add(Counting.state)
-        found, expected = traces(module), references[Counting.state]
+        found, expected = traces(module), references.get(Counting.state)
+        if (
+            expected is None
+        ):  # at the end of an epoch, when Lightning has trained and evaluated and is back in train mode
+            back = {name: True for name in references[True, True] if name.endswith(": training")}
+            expected = {**references[True, True], **back}
         assert found == expected, f"forward {last} of {forwards}"
-    assert seen == set(references)
+    assert seen == {*references, (False, True)}

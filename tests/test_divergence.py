@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Categorical
 from torch.distributions.kl import kl_divergence as reference
 
-from lightning_robust.penalties.kl import kl_divergence
+from lightning_robust.divergence import kl_divergence
 
 
 def test_it_is_the_divergence_of_two_categoricals() -> None:

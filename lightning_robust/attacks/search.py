@@ -1,0 +1,193 @@
+"""One attack on one batch: its pixels, their box, what is climbed, and which samples are still searched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_robust.attacks.joint import JointThreat
+from lightning_robust.attacks.local import LocalThreat
+from lightning_robust.attacks.objectives import margin_of, narrowed, objective_named
+from lightning_robust.attacks.threat import ThreatModel
+from lightning_robust.modes import gradients
+from lightning_robust.pixels import Box
+from lightning_robust.protocols import LogitsFn
+from lightning_robust.randomness import Noise, normal
+
+__all__ = ["Search", "noise_of", "searching", "worst_of"]
+
+_HALF = 2.0**10  # what keeps gradients of confident samples above zero in half precision
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """What an attack works with. All tensors are pixels, batch first, and have no graph.
+
+    Attributes:
+        threat: Ball and pixel space.
+        logits_fn: Model inputs to logits.
+        objective: What is climbed, ``(logits, y) -> (N,)``.
+        y: The targets.
+        clean: The inputs as they are.
+        box: Where pixels may lie.
+        noise: One generator, or one a sample.
+        dtype: Of the model's inputs.
+    """
+
+    threat: ThreatModel | JointThreat | LocalThreat
+    logits_fn: LogitsFn
+    objective: Any
+    y: Tensor
+    clean: Tensor
+    box: Box
+    noise: Noise
+    dtype: torch.dtype
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """What the model says of these pixels."""
+        return self.logits_fn(self.threat.pixels.to_model(pixels, self.dtype))
+
+    def look(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Objective and margin at ``pixels``, ``(N,)`` each, without gradients."""
+        with torch.no_grad():
+            logits = self.logits(pixels)
+            return self.objective(logits, self.y), self.margin(logits)
+
+    def margin(self, logits: Tensor) -> Tensor:
+        """How far the wrong answer lies above the right one, ``(N,)``."""
+        with torch.no_grad():
+            return margin_of(self.objective)(logits.detach(), self.y).float()
+
+    def climb(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient of the objective by the pixels, the objective itself ``(N,)``, and the logits.
+
+        The gradient is that of the sum, not of the mean: a sample's gradient then does not depend on the batch size.
+
+        Raises:
+            RuntimeError: If the logits do not depend on the input.
+        """
+        pixels = pixels.detach().requires_grad_()
+        logits = self.logits(pixels)
+        value = self.objective(logits, self.y)
+        half = logits.dtype == torch.float16
+        # autograd.grad, not backward(): the parameters' own gradients must stay as they are.
+        total = value.sum() * _HALF if half else value.sum()
+        (gradient,) = torch.autograd.grad(total, pixels, allow_unused=True) if total.requires_grad else (None,)
+        if gradient is None:
+            raise RuntimeError(
+                "the logits do not depend on the input: no gradient reaches it. Is the network (or a frozen backbone) "
+                "run under torch.no_grad(), or is the output detached?"
+            )
+        return gradient.nan_to_num(0.0) / _HALF if half else gradient, value.detach(), logits.detach()
+
+    def uphill(self, gradient: Tensor) -> Tensor:
+        """The unit step that climbs fastest; in a random direction where the gradient is exactly zero."""
+        step = self.threat.steepest(gradient)
+        # Of the step, not of the gradient, which may be left outside of a mask alone.
+        still = (step.flatten(1).abs().amax(1) == 0).nonzero().squeeze(1)
+        if len(still):
+            # They draw for themselves alone: what others draw later must not depend on who is in the batch.
+            drawn = normal(gradient[still], noise_of(self.noise, still))
+            step = step.index_copy(0, still, narrowed(self.threat, still).steepest(drawn))
+        return step
+
+    def project(self, pixels: Tensor) -> Tensor:
+        """The nearest point of ball and box."""
+        return self.threat.project(pixels, self.clean, self.box)
+
+    def start(self) -> Tensor:
+        """A uniformly distributed point of each ball, moved into the box."""
+        return self.threat.random_start(self.clean, self.box, self.noise)
+
+    def at(self, rows: Tensor) -> Search:
+        """The same search for some samples (indices); the rest of the batch is left alone.
+
+        Where a batch cannot be taken apart (its rows refer to each other), callers are given it whole: see
+        :attr:`divisible`.
+        """
+        low, high = self.box
+        box = (low[rows], high[rows]) if isinstance(low, Tensor) and isinstance(high, Tensor) else self.box
+        return replace(
+            self,
+            threat=narrowed(self.threat, rows),
+            logits_fn=narrowed(self.logits_fn, rows),
+            objective=narrowed(self.objective, rows),
+            y=self.y[rows],
+            clean=self.clean[rows],
+            box=box,
+            noise=noise_of(self.noise, rows),
+        )
+
+    @property
+    def divisible(self) -> bool:
+        """Whether samples can be searched apart from each other."""
+        return bool(getattr(self.logits_fn, "divisible", True))
+
+
+def noise_of(noise: Noise, rows: Tensor) -> Noise:
+    """The generators of some samples."""
+    return [noise[i] for i in rows.tolist()] if isinstance(noise, Sequence) else noise
+
+
+def worst_of(
+    searches: Iterable[Search], run: Callable[[Search], Tensor], early_exit: bool, known: Tensor | None = None
+) -> Tensor:
+    """Several runs on one batch; of each sample the perturbation with the largest margin.
+
+    Args:
+        searches: One for each run, all on the same batch.
+        run: Searches once and returns pixels.
+        early_exit: Whether a run is given only the samples that still hold, where a batch can be taken apart.
+        known: Pixels to begin with, e.g. the clean ones.
+    """
+    best, worst = known, None
+    for search in searches:
+        if best is None:
+            best = run(search)
+            continue
+        worst = search.look(best)[1] if worst is None else worst
+        rows = torch.arange(len(best), device=best.device)
+        if early_exit and search.divisible:
+            rows = (worst <= 0).nonzero().squeeze(1)
+            if not len(rows):
+                break
+        part = search if len(rows) == len(best) else search.at(rows)
+        found = run(part)
+        score = part.look(found)[1]
+        better = score > worst[rows]
+        best, worst = best.clone(), worst.clone()
+        best[rows[better]], worst[rows[better]] = found[better], score[better]
+    if best is None:
+        raise ValueError("worst_of takes one search or more, got none.")
+    return best
+
+
+@contextmanager
+def searching(
+    threat: Any, logits_fn: LogitsFn, x: Tensor, y: Tensor, objective: Any, noise: Noise = None
+) -> Iterator[Search]:
+    """Open a search on model inputs ``x`` ``(N, ...)``; inside, gradients are on and inference mode is off.
+
+    Args:
+        threat: Ball and pixel space.
+        logits_fn: Model inputs to logits.
+        x: Model inputs.
+        y: Targets.
+        objective: A function, a name, or None for cross-entropy.
+        noise: Random numbers of the attack.
+
+    Raises:
+        ValueError: If ``x`` lies outside the pixel space.
+    """
+    space = threat.pixels
+    with gradients(x, y) as (x, y):
+        if space.outside == "raise":
+            space.check(x)
+        found = objective_named(objective, None, lambda: logits_fn(x), y)
+        clean = space.to_pixels(x)
+        yield Search(threat, logits_fn, found, y, clean, space.box(clean), noise, x.dtype)
