@@ -9,6 +9,7 @@ PIN := $(VENV)/constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PIN)
 # Peers that tests compare with; their pins conflict with everybody's, so they come without dependencies.
 PEERS := torchattacks foolbox eagerpy GitPython gitdb smmap requests urllib3 idna certifi charset-normalizer scipy
+BENCH_PEERS := adversarial-robustness-toolbox six
 
 .PHONY: setup demo tests test test-lowest test-slow bench lint clean
 
@@ -44,6 +45,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 bench: setup
+	$(PIP) --no-deps $(BENCH_PEERS)
 	$(BIN)/python -m tests.benchmarks
 
 clean:

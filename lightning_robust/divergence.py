@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["kl_divergence"]
+__all__ = ["kl_divergence", "kl_divergences"]
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -35,4 +35,11 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """
     if log_p.shape != log_q.shape or log_p.ndim < 2:
         raise ValueError(f"expected two tensors (N, K, ...), got {tuple(log_p.shape)} and {tuple(log_q.shape)}.")
-    return F.kl_div(log_q.float(), log_p.float(), reduction="none", log_target=True).flatten(1).sum(1)
+    return kl_divergences(log_p.float(), log_q.float()).reshape(len(log_p), -1).sum(1)
+
+
+def kl_divergences(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The same for every prediction of a sample, ``(N, ...)``."""
+    never = log_p == -float("inf")  # a class that is switched off adds 0, not 0 * (inf - inf)
+    log_p, log_q = log_p.masked_fill(never, 0.0), log_q.masked_fill(never, 0.0)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_robust.attacks.objectives import margin
+from lightning_robust.attacks.objectives import gaps, sample_margin
 from lightning_robust.ood.scores import two_class
 
 __all__ = ["LOSSES", "LossCall", "LossKind"]
@@ -114,11 +114,19 @@ class LossCall:
 
     def per_sample(self) -> Tensor:
         """The loss of each sample, ``(N,)``, in float32 and differentiable; pixels or labels of a sample are summed."""
+        loss = self._loss("none")
+        return loss.flatten(1).sum(1) if loss.ndim > 1 else loss
+
+    def mean(self) -> Tensor:
+        """The loss as its usual reduction has it: over what has a label, by class weights; ``kl_div`` over samples."""
+        return self._loss("batchmean" if self.kind == "kl_div" else "mean")
+
+    def _loss(self, reduction: str) -> Tensor:
         logits = self.logits.float()
         target = self.target.to(logits.dtype) if self.target.is_floating_point() else self.target
         options = {k: v.float() if isinstance(v, Tensor) else v for k, v in self.options.items()}
-        loss: Tensor = _FUNCTIONS[self.kind](logits, target, reduction="none", **options)
-        return loss.flatten(1).sum(1) if loss.ndim > 1 else loss
+        loss: Tensor = _FUNCTIONS[self.kind](logits, target, reduction=reduction, **options)
+        return loss
 
     def log_probabilities(self) -> Tensor:
         """``(N, K, ...)`` log-probabilities; a yes/no output becomes two classes, ``(N, 2, ...)``."""
@@ -129,6 +137,11 @@ class LossCall:
             tiny = torch.finfo(z.dtype).tiny
             return torch.stack([torch.log1p(-z.clamp(max=1 - 1e-7)), z.clamp_min(tiny).log()], dim=1)
         return z.log_softmax(1)
+
+    def probabilities(self) -> Tensor:
+        """Of classes ``(N, K, ...)``, or of yes, shaped like the logits."""
+        p = self.log_probabilities().exp()
+        return p[:, 1] if self.binary else p
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Every single prediction by itself: pixels, labels and tokens of a sample are rows of their own.
@@ -227,7 +240,8 @@ class LossCall:
 
     def correct(self) -> Tensor:
         """How much of each sample is right, ``(N,)`` in [0, 1]: 0 or 1, or the share of its labels or pixels."""
-        right = (self.predictions() == self.labels()).float()
+        silent = self.logits.isnan() if self.binary else self.logits.isnan().any(1)  # NaN is no answer
+        right = ((self.predictions() == self.labels()) & ~silent).float()
         if right.ndim == 1:
             return right
         counted = self._counted().float()
@@ -246,13 +260,13 @@ class LossCall:
         return counted
 
     def margin(self) -> Tensor:
-        """How far the wrong answer lies above the right one, ``(N,)``; above 0 the model is fooled."""
+        """How far wrong answers lie above right ones, ``(N,)``; above 0 the model is fooled (:func:`sample_margin`)."""
         if not self.binary:
-            return margin(self.logits, self.labels().masked_fill(~self._counted(), -1))
+            counted = self._counted()
+            return sample_margin(gaps(self.logits, self.labels().masked_fill(~counted, -1)), counted)
         z = self.logits.float()
         z = z.logit(eps=1e-7) if self.kind == "binary_cross_entropy" else z
-        against = torch.where(self.target > 0.5, -z, z)
-        return against.flatten(1).amax(1) if against.ndim > 1 else against
+        return sample_margin(torch.where(self.target > 0.5, -z, z))
 
 
 def _made_by(tensor: Tensor, operation: str) -> bool:

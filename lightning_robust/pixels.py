@@ -110,9 +110,11 @@ class PixelSpace:
         if self.bounds is None:
             return -math.inf, math.inf
         low, high = self.bounds
-        if self.outside == "widen":
-            return pixels.clamp(max=low), pixels.clamp(min=high)
-        return low, high
+        lowest, highest = (float(end) for end in pixels.aminmax()) if pixels.numel() else (low, high)
+        if lowest >= low and highest <= high:
+            return low, high
+        # Of values outside (by round-off, or where that is allowed) each is its own bound: none is moved into the box.
+        return pixels.clamp(max=low), pixels.clamp(min=high)
 
     def count_outside(self, x: Tensor) -> int:
         """How many samples of the model inputs ``x`` leave the bounds by more than round-off."""

@@ -385,7 +385,7 @@ MONITORS: dict[str, Row] = {
         val=bad.labels_beyond,
     ),
     "a validation loader that shuffles": measured(
-        lambda: [RobustAccuracy(ATTACK)], r"loader shuffles.*use shuffle=False", None, val=bad.shuffled
+        lambda: [RobustAccuracy(ATTACK)], r"loader 0 shuffles.*use shuffle=False", None, val=bad.shuffled
     ),
     "Grad-CAM of a table": measured(
         lambda: [SaliencySnapshots(["gradient", "gradcam"])],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -115,16 +116,18 @@ def test_low_precision_logits_are_computed_in_float32(name: str) -> None:
 HEADS: dict[str, tuple[str, list[Any], list[Any], list[Any], list[Any], list[float], list[float]]] = {
     "multi-class": ("cross_entropy", [[3.0, 1, 0], [0, 2, 1]], [0, 2], [0, 1], [0, 2], [1, 0], [-2, 1]),
     "soft targets": ("cross_entropy", [[3.0, 1, 0]], [[0.1, 0.7, 0.2]], [0], [1], [0], [2]),
-    "dense": ("cross_entropy", [[[3.0, 0], [1, 4]]], [[0, 0]], [[0, 1]], [[0, 0]], [0.5], [1.0]),
+    "dense": ("cross_entropy", [[[3.0, 0], [1, 4]]], [[0, 0]], [[0, 1]], [[0, 0]], [0.5],
+              [0.5 - 1 + 0.25 * math.tanh(1)]),
     "dense, one pixel ignored": (
-        "cross_entropy", [[[3.0, 0, 5], [1, 4, 0]]], [[0, 0, -100]], [[0, 1, 0]], [[0, 0, -100]], [0.5], [2 / 3],
+        "cross_entropy", [[[3.0, 0, 5], [1, 4, 0]]], [[0, 0, -100]], [[0, 1, 0]], [[0, 0, -100]], [0.5],
+        [0.5 - 1 + 0.25 * math.tanh(1)],
     ),
     "one logit (N,)": ("binary_cross_entropy_with_logits", [2.0, -1, -3], [1.0, 1, 0], [1, 0, 0], [1, 1, 0],
                        [1, 0, 1], [-2, 1, -3]),
     "one logit (N, 1)": ("binary_cross_entropy_with_logits", [[2.0], [-1]], [[1.0], [1]], [[1], [0]], [[1], [1]],
                          [1, 0], [-2, 1]),
     "multi-label": ("binary_cross_entropy_with_logits", [[2.0, -1], [1, -2]], [[1.0, 1], [1, 0]], [[1, 0], [1, 0]],
-                    [[1, 1], [1, 0]], [0.5, 1], [1, -1]),
+                    [[1, 1], [1, 0]], [0.5, 1], [0.5 - 1 + 0.25 * math.tanh(-0.5), -1 + 0.25 * math.tanh(-1.5)]),
     "probabilities": ("binary_cross_entropy", [0.8, 0.2], [1.0, 1], [1, 0], [1, 1], [1, 0], [-1.3862944, 1.3862944]),
 }  # fmt: skip
 
@@ -144,7 +147,7 @@ def test_ignored_pixels_count_neither_as_right_nor_as_wrong_whatever_their_numbe
     given = torch.tensor([[[3.0, 0, 5], [1, 4, 0]]])
     call = LossCall("cross_entropy", given, torch.tensor([[0, 0, ignored]]), {"ignore_index": ignored})
     assert call.correct().tolist() == [0.5]
-    assert call.margin().tolist() == pytest.approx([2 / 3])
+    assert call.margin().tolist() == pytest.approx([0.5 - 1 + 0.25 * math.tanh(1)])
 
 
 @pytest.mark.parametrize("name", CALLS)

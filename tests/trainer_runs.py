@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from typing import Any
 
@@ -121,3 +122,26 @@ def offline(module: nn.Module, batches: Any) -> dict[str, float]:
         n += len(y)
     module.train(was)
     return {"robust/val/clean_accuracy": right / n, "robust/val/accuracy": robust / n, "calibration/val/nll": nll / n}
+
+
+class Epochs(pl.Callback):
+    """The last batch of each epoch, the network at the end of each epoch, and what was logged for it."""
+
+    def __init__(self) -> None:
+        self.last: Any = None
+        self.nets: list[nn.Module] = []
+        self.batches: list[Any] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.last = copy.deepcopy(batch)
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        self.nets.append(copy.deepcopy(module.net))
+        self.batches.append(self.last)
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        if self.nets:
+            self.logged.append({key: float(value) for key, value in trainer.callback_metrics.items()})
+
+    on_train_end = on_train_epoch_start

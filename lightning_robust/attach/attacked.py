@@ -36,7 +36,7 @@ class AttackedBatch:
     @property
     def single(self) -> bool:
         """Whether a sample is one prediction: right or wrong, and done with once it is wrong."""
-        return self.clean.labels().ndim == 1
+        return self.clean.labels().numel() == len(self.reading.x)
 
     def run(self, attack: Any, holds: Tensor | None = None) -> tuple[Tensor, LossCall]:
         """The attacked inputs, and what the model says of them.
@@ -46,7 +46,7 @@ class AttackedBatch:
             holds: Which samples are still right, ``(N,)``; by default those that are right as they are.
         """
         # Where a batch is not taken apart (a sharded model), no process may run fewer forwards than another.
-        early = self.single and not self.to_the_end and self.reading.divisible
+        early = not self.to_the_end and self.reading.divisible
         right = self.clean.correct() > 0
         if not early or (holds is None and not bool(right.any())):  # an attack that does not work shows at once
             holds = torch.ones_like(right)
@@ -58,9 +58,7 @@ class AttackedBatch:
     def _perturbed(self, attack: Any, rows: Tensor, early: bool) -> Tensor:
         whole = len(rows) == len(self.reading.x)
         part = self.reading if whole else self.reading.at(rows)
-        # The best iterate is that of the largest margin, which says little about shares of labels and pixels.
-        settings = {"keep": "best" if self.single else "last", **({"early_exit": True} if early else {})}
-        fitted = part.fitted(attack, lambda threat: threat.widened(), **settings)
+        fitted = part.fitted(attack, lambda threat: threat.widened(), keep="best", early_exit=early)
         index, target = self.index.tolist(), self.clean.target
         if not whole:
             index, target = [index[i] for i in rows.tolist()], target[rows]

@@ -41,6 +41,7 @@ class Monitor(RobustCallback):
 
     Attributes:
         shown: The metric that the progress bar shows as well.
+        left_out: Loaders behind the first one that cannot be measured in this evaluation.
     """
 
     shown = ""
@@ -56,7 +57,7 @@ class Monitor(RobustCallback):
         self.listener = Listener(probe)
         self._heard_any = self._failed = False  # in this evaluation
         self._logged: dict[str, set[str]] = {}  # keys, by stage
-        self._left_out: set[int] = set()  # loaders behind the first one that cannot be read
+        self.left_out: set[int] = set()
         self._template: Step | None = None
         self._entry: dict[str, Any] = {}  # what the checkpoint gets: of the last validation, or brought by a checkpoint
         self._unreadable = False
@@ -191,7 +192,8 @@ class Monitor(RobustCallback):
         try:
             step = self._listen(trainer, pl_module, "val", batch, 0, loader)
             if step is not None:
-                self.rehearse(trainer, step, loader, "val")
+                with self._first_of(loader, 0, "val"):
+                    self.rehearse(trainer, step, loader, "val")
         except ProbeError:
             # Who reads training steps finds a way to the logits that validation does not show.
             if all(isinstance(c, Monitor) for c in trainer.callbacks if isinstance(c, RobustCallback)):
@@ -203,7 +205,7 @@ class Monitor(RobustCallback):
     def _begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._active(trainer, stage):
             self._heard_any = self._failed = False
-            self._left_out = set()
+            self.left_out = set()
             self.recall(trainer)
             self.listener.reset()
             with self._surviving(trainer, stage):
@@ -218,11 +220,12 @@ class Monitor(RobustCallback):
                     return
                 if loader == 0 and self._template is None and type(self).last is not Monitor.last:
                     self._template = self._copy_to_read(batch, stage)
-                self.before(trainer, step, batch_idx, loader, stage)
+                with self._first_of(loader, batch_idx, stage):
+                    self.before(trainer, step, batch_idx, loader, stage)
 
     def _listen(self, trainer: Any, pl_module: Any, stage: str, batch: Any, batch_idx: int, loader: int) -> Step | None:
         """The step to hear the batch in; None where a loader behind the first one cannot be read."""
-        if loader in self._left_out:
+        if loader in self.left_out:
             self.listener.close()
             return None
         try:
@@ -230,16 +233,27 @@ class Monitor(RobustCallback):
         except ProbeError as error:
             if loader == 0 or self.strict:
                 raise
-            self._left_out.add(loader)
-            self.warn_once(
-                f"loader {loader} of {stage} is left out, the others are measured: {error}", f"loader {loader}"
-            )
-            self.listener.close()
+            self._leave_out(loader, stage, error)
             return None
         if not self.listener.announced:
             self.listener.announced = True
             self.say(trainer, f"{stage} is measured on what {step.name} gives its loss: {self.probe.found(step)}.")
         return step
+
+    @contextmanager
+    def _first_of(self, loader: int, batch_idx: int, stage: str) -> Iterator[None]:
+        """A loader behind the first one whose first batch cannot be measured is left out; the others go on."""
+        try:
+            yield
+        except Exception as error:
+            if loader == 0 or batch_idx > 0 or self.strict:
+                raise
+            self._leave_out(loader, stage, error)
+
+    def _leave_out(self, loader: int, stage: str, error: Exception) -> None:
+        self.left_out.add(loader)
+        self.warn_once(f"loader {loader} of {stage} is left out, the others are measured: {error}", f"loader {loader}")
+        self.listener.close()
 
     def _copy_to_read(self, batch: Any, stage: str) -> Step | None:
         if self._unreadable:

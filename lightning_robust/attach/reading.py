@@ -83,22 +83,32 @@ class Reading:
             change: Of its threat model, in the end.
             settings: Other values of fields, where the attack has such fields and leaves them open (None).
         """
-        if not is_dataclass(attack) or isinstance(attack, type):
+        known = set() if isinstance(attack, type) or not is_dataclass(attack) else {f.name for f in fields(attack)}
+        if not known & {"attacks", "threat"} and (self._probe.mask_path or self._probe.eps_path):
+            raise ValueError(
+                f"mask_key= and eps_key= go to the `threat` of an attack, and {getattr(attack, 'name', attack)} has "
+                "none: it would move all samples alike. Use PGD, APGD, Square or FGSM."
+            )
+        if not known:
             return attack
         kept: Any = attack
-        known = {f.name for f in fields(attack)}
+        if getattr(kept, "targeted", None) == "given":
+            raise ValueError(
+                f"{kept.name} takes the classes to reach in the place of y, but a callback's y are the right ones: it "
+                "would help the model. Use targeted='random', 'least-likely' or 'runner-up'."
+            )
         new: dict[str, Any] = {name: v for name, v in settings.items() if getattr(kept, name, v) is None}
         if "attacks" in known:
             new["attacks"] = tuple(self.fitted(part, change, **settings) for part in kept.attacks)
         if "objective" in known:
             new["objective"] = self.objective(kept.objective)
         if isinstance(getattr(kept, "threat", None), (ThreatModel, JointThreat)) and "threat" in known:
-            new["threat"] = change(self._local(self.threat(kept.threat)))
+            new["threat"] = change(self.local(self.threat(kept.threat)))
         if getattr(kept, "keep", None) == "last":
             new.pop("early_exit", None)  # what is left alone keeps its best iterate
         return replace(kept, **new)
 
-    def _local(self, threat: ThreatModel | JointThreat) -> Any:
+    def local(self, threat: ThreatModel | JointThreat) -> Any:
         """Where the batch says so: a region, and a radius for each sample."""
         mask, eps = (
             None if path is None else get(self._step.batch, path)

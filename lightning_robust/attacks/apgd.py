@@ -39,7 +39,8 @@ class APGD:
         targets: APGD-T: one run towards each of so many likeliest wrong classes (9 in AutoAttack, or all there are),
             climbing the targeted DLR; takes the place of ``objective``.
         rho: Share of the steps between two checkpoints that must go up.
-        early_exit: Leave samples alone once they are fooled: the same robust accuracy for less work.
+        early_exit: Leave samples alone once they are fooled: the same robust accuracy for less work. ``None``: yes,
+            unless a callback measures more than accuracy.
 
     Raises:
         ValueError: If a number is out of its range, or both an objective and targets are given.
@@ -62,7 +63,7 @@ class APGD:
     objective: str | Callable[..., Any] | None = None
     targets: int | None = None
     rho: float = 0.75
-    early_exit: bool = True
+    early_exit: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "restarts"):
@@ -70,7 +71,8 @@ class APGD:
                 raise ValueError(f"APGD({name}=) must be at least 1, got {getattr(self, name)}.")
         if not 0 < self.rho < 1:
             raise ValueError(f"APGD(rho=) is a share between 0 and 1, got {self.rho}.")
-        if self.targets is not None and (self.targets < 1 or isinstance(self.objective, str)):
+        other = self.objective is not None and not hasattr(self.objective, "head")
+        if self.targets is not None and (self.targets < 1 or other):
             raise ValueError(
                 f"APGD(targets=) is a number of classes from 1 on and brings its own objective (targeted DLR), got "
                 f"targets={self.targets}, objective={self.objective!r}."
@@ -97,7 +99,7 @@ class APGD:
         """
         with searching(self.threat, logits_fn, x, y, self.objective, generator) as search:
             runs = [search] if self.targets is None else self._targeted(search)
-            best = worst_of(runs * self.restarts, self._run, self.early_exit, known=search.clean)
+            best = worst_of(runs * self.restarts, self._run, self.early_exit is not False, known=search.clean)
             return search.threat.pixels.to_model(best, x.dtype)
 
     def _targeted(self, search: Search) -> list[Search]:
@@ -108,12 +110,12 @@ class APGD:
         wrong = likeliest_wrong(logits, right, min(self.targets or 1, logits.shape[1] - 1))
         return [replace(search, objective=OnHead(_TowardsByDLR(wrong[:, k]), owner)) for k in range(wrong.shape[1])]
 
-    def _run(self, search: Search) -> Tensor:
+    def _run(self, search: Search) -> tuple[Tensor, Tensor]:
         checkpoints, state = _checkpoints(self.steps), _Ascent.begin(search)
         rows, best, worst = torch.arange(len(search.y)), state.x.clone(), state.score.clone()
         since = 0
         for k in range(self.steps):
-            if self.early_exit and search.divisible and bool((state.score > 0).any()):
+            if self.early_exit is not False and search.divisible and bool((state.score > 0).any()):
                 holds = (state.score <= 0).nonzero().squeeze(1)
                 if not len(holds):
                     break
@@ -124,7 +126,7 @@ class APGD:
             if k + 1 in checkpoints:
                 state.halve(self.rho * (k + 1 - since))
                 since = k + 1
-        return best
+        return best, worst
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class _TowardsByDLR:
     target: Tensor
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        return targeted_dlr(logits, y.argmax(1) if y.shape == logits.shape else y, self.target)
+        return targeted_dlr(logits, (y.argmax(1) if y.shape == logits.shape else y).long(), self.target)
 
     def at(self, rows: Tensor) -> _TowardsByDLR:
         return _TowardsByDLR(self.target[rows])

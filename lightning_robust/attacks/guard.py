@@ -33,6 +33,8 @@ class Guarded:
 
     def __call__(self, logits_fn: LogitsFn, x: Tensor, y: Tensor, *, generator: Noise = None) -> Tensor:
         """Run the attack outside inference mode, with its own random numbers, and check the result."""
+        if not len(x):
+            return x
         with gradients(x, y) as (x, y), untouched_random_state():
             # Copies: an attack that writes into its input would be compared with itself, and change the user's batch.
             if _takes_generator(self.attack if inspect.isroutine(self.attack) else type(self.attack).__call__):

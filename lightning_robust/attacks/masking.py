@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.attacks.fgsm import FGSM
+from lightning_robust.attacks.local import LocalThreat
 from lightning_robust.attacks.noise import UniformNoise
 from lightning_robust.attacks.objectives import OnHead, margin
 from lightning_robust.attacks.search import Search, searching
@@ -133,6 +134,8 @@ def diagnose(
         right = search.look(search.clean)[1] <= 0
         if int(right.sum()) < ENOUGH:
             return MaskingReport((), int(right.sum()))
+        if isinstance(threat, LocalThreat) and threat.radii is not None:
+            right &= threat.radii.to(right.device) > 0  # what must not move says nothing
         if search.divisible:
             search, right = search.at(right.nonzero().squeeze(1)), right[right]
         return MaskingReport(tuple(_findings(search, right, steps)), int(right.sum()))
@@ -165,23 +168,26 @@ def _findings(search: Search, right: Tensor, steps: int) -> Iterator[Finding]:
         )
     noise = _margins(search, UniformNoise(threat))
     fooled, by_noise = float((white > 0)[right].double().mean()), float((noise > 0)[right].double().mean())
-    ratio = by_noise / fooled if fooled > max(0.05, 5 / n) else 0.0
+    holds = 1 - fooled
+    # At a radius where everything falls, to fall to noise is no sign of anything.
+    ratio = by_noise / fooled if fooled > max(0.05, 5 / n) and holds > 0.2 else 0.0
     yield _finding(
         "noise_does_as_well",
         ratio,
         AS_GOOD,
         f"random noise fools {by_noise:.0%} and the gradient attack {fooled:.0%}: it does little more than chance.",
     )
-    holds = 1 - fooled
-    farther, _, _ = _ascent(_at(search, 16), steps)
-    flat = float((farther <= 0)[right].double().mean()) / holds if holds > 0.2 else 0.0
-    yield _finding(
-        "flat_in_eps",
-        flat,
-        FLAT,
-        f"at 16 times the radius {flat:.0%} of what held still holds: the radius is in other units than the pixels "
-        "(eps for 0..1 and pixels in 0..255?), or gradients lead nowhere.",
-    )
+    masked = isinstance(threat, LocalThreat) and threat.mask is not None
+    if not masked:  # a model may well hold where most of a picture must not change
+        farther, _, _ = _ascent(_at(search, 16), steps)
+        flat = float((farther <= 0)[right].double().mean()) / holds if holds > 0.2 else 0.0
+        yield _finding(
+            "flat_in_eps",
+            flat,
+            FLAT,
+            f"at 16 times the radius {flat:.0%} of what held still holds: the radius is in other units than the pixels "
+            "(eps for 0..1 and pixels in 0..255?), or gradients lead nowhere.",
+        )
     less, least = _beyond(white, _ascent(search, max(1, steps // 4))[0], right)
     yield _finding(
         "fewer_steps_do_better",
@@ -189,14 +195,15 @@ def _findings(search: Search, right: Tensor, steps: int) -> Iterator[Finding]:
         least,
         f"a quarter of the steps fools more samples, by {less:.0%}: the ascent gets lost on a rough loss.",
     )
-    wide, _, _ = _ascent(_at(search, _everywhere(search)), steps)
-    survive = float((wide <= 0)[right].double().mean())
-    yield _finding(
-        "unbounded_survives",
-        survive,
-        UNBOUNDED,
-        f"{survive:.0%} survive an attack that may change every pixel to anything, as no model can: the attack fails.",
-    )
+    if not masked:
+        wide, _, _ = _ascent(_at(search, _everywhere(search)), steps)
+        survive = float((wide <= 0)[right].double().mean())
+        yield _finding(
+            "unbounded_survives",
+            survive,
+            UNBOUNDED,
+            f"{survive:.0%} survive an attack that may change every pixel to anything, as no model can: it fails.",
+        )
     owner = search.objective if hasattr(search.objective, "head") else None
     by_margin, _, _ = _ascent(replace(search, objective=OnHead(margin, owner)), steps)
     disagree, least = _beyond(white, by_margin, right)

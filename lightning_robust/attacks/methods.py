@@ -13,7 +13,7 @@ from lightning_robust.attacks.n_fgsm import NFGSM
 from lightning_robust.attacks.pgd import PGD
 from lightning_robust.attacks.threat import ThreatModel
 
-__all__ = ["BETA", "FEEDS", "Method", "attack_for", "forwards_of", "in_model_units", "method_named", "name_of"]
+__all__ = ["BETA", "FEEDS", "Method", "attack_for", "cost_of", "in_model_units", "method_named", "name_of"]
 
 Method = Literal["madry", "trades", "mart", "n-fgsm", "fgsm-rs", "fgsm"]
 
@@ -22,6 +22,9 @@ FEEDS: tuple[Method, ...] = ("madry", "mart", "n-fgsm", "fgsm-rs", "fgsm")
 
 BETA: dict[str, float] = {"trades": 6.0, "mart": 5.0}
 """Weight of the divergence, as published."""
+
+STEP_COST = 0.77
+"""Forward and input-gradient backward, as a share of a whole training step (docs/adversarial-training.md)."""
 
 _ONE_STEP: dict[str, tuple[type[Any], Callable[[Any], Any]]] = {
     "n-fgsm": (NFGSM, NFGSM),
@@ -84,6 +87,18 @@ def forwards_of(attack: Any) -> int | None:
     if isinstance(attack, PGD):
         return attack.steps * attack.restarts
     return 1 if isinstance(attack, (NFGSM, FGSM)) else None
+
+
+def cost_of(attack: Any, share: float, adds: bool) -> float | None:
+    """A training step in multiples of a clean one, estimated; None for a foreign attack.
+
+    Args:
+        attack: What is crafted.
+        share: Of the samples that are attacked.
+        adds: Whether a term is added that needs another forward and backward pass.
+    """
+    passes = forwards_of(attack)
+    return None if passes is None else 1 + STEP_COST * passes * share + (1.2 if adds else 0)
 
 
 def name_of(attack: Any) -> str:

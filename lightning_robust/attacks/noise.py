@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ class UniformNoise:
     Args:
         threat: The ball and the pixel space.
         draws: How many points are tried.
+        objective: Only its margin counts: what tells how far a sample is fooled. Callbacks fill it in.
 
     Raises:
         ValueError: If draws is below 1.
@@ -37,6 +40,7 @@ class UniformNoise:
 
     threat: Threat
     draws: int = 10
+    objective: str | Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         if self.draws < 1:
@@ -54,7 +58,7 @@ class UniformNoise:
 
     def __call__(self, logits_fn: LogitsFn, x: Tensor, y: Tensor, *, generator: Noise = None) -> Tensor:
         """Perturb ``x`` (model inputs, ``(N, ...)``) against targets ``y``; the result has the type of ``x``."""
-        with searching(self.threat, logits_fn, x, y, None, generator) as search:
+        with searching(self.threat, logits_fn, x, y, self.objective, generator) as search:
             best = search.start()
             worst = search.look(best)[1] if self.draws > 1 else best.new_zeros(len(best))
             for _ in range(self.draws - 1):

@@ -90,7 +90,7 @@ class PGD:
         if (
             self.targeted is not None
             and self.objective not in (None, "cross_entropy")
-            and isinstance(self.objective, str)
+            and not hasattr(self.objective, "head")
         ):
             raise ValueError(
                 f"PGD(targeted={self.targeted!r}) climbs the cross-entropy towards a class, and would not use "
@@ -138,14 +138,15 @@ class PGD:
             best = worst_of([search] * self.restarts, self._from_one_start, bool(self.early_exit))
             return search.threat.pixels.to_model(best, x.dtype)
 
-    def _from_one_start(self, search: Search) -> Tensor:
+    def _from_one_start(self, search: Search) -> tuple[Tensor, Tensor | None]:
+        """Pixels, and their margins where those are known."""
         step = 2.5 * self.threat.eps / self.steps if self.step_size is None else self.step_size
         pixels = self._start(search)
         if self.keep != "best":
             for _ in range(self.steps):
                 gradient, _, _ = search.climb(pixels)
                 pixels = search.project(pixels + step * search.uphill(gradient))
-            return pixels
+            return pixels, None
         best, rows = pixels.clone(), torch.arange(len(pixels), device=pixels.device)
         worst = torch.full((len(pixels),), -torch.inf, dtype=torch.float32, device=pixels.device)
         for number in range(self.steps + 1):
@@ -165,7 +166,7 @@ class PGD:
                 if len(holds) < len(rows):
                     rows, pixels, gradient, search = rows[holds], pixels[holds], gradient[holds], search.at(holds)
             pixels = search.project(pixels + step * search.uphill(gradient))
-        return best
+        return best, worst
 
     def _start(self, search: Search) -> Tensor:
         if self.start == "zero":

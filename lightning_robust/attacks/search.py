@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -61,7 +62,8 @@ class Search:
     def margin(self, logits: Tensor) -> Tensor:
         """How far the wrong answer lies above the right one, ``(N,)``."""
         with torch.no_grad():
-            return margin_of(self.objective)(logits.detach(), self.y).float()
+            found = margin_of(self.objective)(logits.detach(), self.y).float()
+            return found.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # no answer is a wrong one
 
     def climb(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of the objective by the pixels, the objective itself ``(N,)``, and the logits.
@@ -74,6 +76,12 @@ class Search:
         pixels = pixels.detach().requires_grad_()
         logits = self.logits(pixels)
         value = self.objective(logits, self.y)
+        if not bool(value.isfinite().all()) and bool(pixels.isfinite().all()):
+            warnings.warn(
+                "the loss of some samples is NaN or infinite where an attack climbs it: there it goes at random, and "
+                "accuracy under it looks better than it is. Attack the margin as well (objective='margin'), in fp32.",
+                stacklevel=2,
+            )
         half = logits.dtype == torch.float16
         # autograd.grad, not backward(): the parameters' own gradients must stay as they are.
         total = value.sum() * _HALF if half else value.sum()
@@ -135,20 +143,23 @@ def noise_of(noise: Noise, rows: Tensor) -> Noise:
 
 
 def worst_of(
-    searches: Iterable[Search], run: Callable[[Search], Tensor], early_exit: bool, known: Tensor | None = None
+    searches: Iterable[Search],
+    run: Callable[[Search], tuple[Tensor, Tensor | None]],
+    early_exit: bool,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Several runs on one batch; of each sample the perturbation with the largest margin.
 
     Args:
         searches: One for each run, all on the same batch.
-        run: Searches once and returns pixels.
+        run: Searches once and returns pixels, and their margins if it knows them.
         early_exit: Whether a run is given only the samples that still hold, where a batch can be taken apart.
         known: Pixels to begin with, e.g. the clean ones.
     """
     best, worst = known, None
     for search in searches:
         if best is None:
-            best = run(search)
+            best, worst = run(search)
             continue
         worst = search.look(best)[1] if worst is None else worst
         rows = torch.arange(len(best), device=best.device)
@@ -157,8 +168,8 @@ def worst_of(
             if not len(rows):
                 break
         part = search if len(rows) == len(best) else search.at(rows)
-        found = run(part)
-        score = part.look(found)[1]
+        found, score = run(part)
+        score = part.look(found)[1] if score is None else score
         better = score > worst[rows]
         best, worst = best.clone(), worst.clone()
         best[rows[better]], worst[rows[better]] = found[better], score[better]
@@ -182,12 +193,31 @@ def searching(
         noise: Random numbers of the attack.
 
     Raises:
-        ValueError: If ``x`` lies outside the pixel space.
+        ValueError: If ``x`` lies outside the pixel space, or targets and radii do not belong to it.
+        TypeError: If ``x`` holds whole numbers.
     """
     space = threat.pixels
+    _check(threat, x, y, objective)
     with gradients(x, y) as (x, y):
         if space.outside == "raise":
             space.check(x)
         found = objective_named(objective, None, lambda: logits_fn(x), y)
         clean = space.to_pixels(x)
         yield Search(threat, logits_fn, found, y, clean, space.box(clean), noise, x.dtype)
+
+
+def _check(threat: Any, x: Tensor, y: Tensor, objective: Any) -> None:
+    if not x.is_floating_point():
+        raise TypeError(
+            f"attacks move inputs by fractions, got {x.dtype}. Give x.float() and say what its numbers mean, e.g. "
+            "PixelSpace(bounds=(0, 255))."
+        )
+    radii = threat.radii if isinstance(threat, LocalThreat) else None
+    if radii is not None and len(radii) != len(x):
+        raise ValueError(f"within(eps=) takes a radius for each of {len(x)} samples, got {len(radii)}.")
+    shares = y.is_floating_point() and y.ndim == 2 and y.shape[1] > 1 and not hasattr(objective, "head")
+    if shares and bool(((y.sum(1) - 1).abs() > 1e-2).any()):
+        raise ValueError(
+            f"targets {tuple(y.shape)} whose rows do not sum to 1 are no class probabilities. If each output is a "
+            "yes or no of its own (several labels a sample), say so: objective=attacks.YesNo()."
+        )

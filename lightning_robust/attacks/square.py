@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +34,11 @@ class Square:
 
     Args:
         threat: The ball and the pixel space.
-        queries: Forward passes a sample.
+        queries: Forward passes a sample, beside one for the clean input.
         p_init: Share of the pixels that the first squares cover; it is halved on the published schedule.
-        early_exit: Leave samples alone once they are fooled: the same robust accuracy for less work.
+        early_exit: Leave samples alone once they are fooled: the same robust accuracy for less work. ``None``: yes,
+            unless a callback measures more than accuracy.
+        objective: Only its margin counts: what tells how far a sample is fooled. Callbacks fill it in.
 
     Raises:
         ValueError: If queries is below 1 or p_init is not in (0, 1].
@@ -56,7 +60,8 @@ class Square:
     threat: Threat
     queries: int = 5000
     p_init: float = 0.8
-    early_exit: bool = True
+    early_exit: bool | None = None
+    objective: str | Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         if self.queries < 1 or not 0 < self.p_init <= 1:
@@ -76,17 +81,17 @@ class Square:
 
     def __call__(self, logits_fn: LogitsFn, x: Tensor, y: Tensor, *, generator: Noise = None) -> Tensor:
         """Perturb ``x`` (model inputs, ``(N, ...)``) against targets ``y``; the result has the type of ``x``."""
-        with searching(self.threat, logits_fn, x, y, None, generator) as search:
-            best = worst_of([search], self._run, self.early_exit, known=search.clean)
+        with searching(self.threat, logits_fn, x, y, self.objective, generator) as search:
+            best = worst_of([search], self._run, self.early_exit is not False, known=search.clean)
             return search.threat.pixels.to_model(best, x.dtype)
 
-    def _run(self, search: Search) -> Tensor:
+    def _run(self, search: Search) -> tuple[Tensor, Tensor]:
         change = _change_linf if search.threat.norm == "linf" else _change_l2
         x = _start(search)
         score = search.look(x)[1]
         best, worst, rows = x.clone(), score.clone(), torch.arange(len(x), device=x.device)
         for query in range(1, self.queries):
-            if self.early_exit and search.divisible and bool((score > 0).any()):
+            if self.early_exit is not False and search.divisible and bool((score > 0).any()):
                 holds = (score <= 0).nonzero().squeeze(1)
                 if not len(holds):
                     break
@@ -97,7 +102,7 @@ class Square:
             x = torch.where(per_sample(better, x), tried, x)
             score = torch.where(better, found, score)
             best[rows], worst[rows] = x, score
-        return best
+        return best, worst
 
     def _share(self, query: int) -> float:
         scaled = query / self.queries * 10_000

@@ -84,7 +84,8 @@ class ThreatModel:
             eps: A radius for each sample, ``(N,)``, in pixel units.
 
         Raises:
-            ValueError: If a radius is negative or not finite.
+            ValueError: If a radius is negative or not finite, there is not one for each sample, or the threat model's
+                own radius, in which steps are measured, is 0.
 
         Example:
             >>> left = ThreatModel("linf", eps=0.1).within(mask=torch.tensor([[1, 0]]))
@@ -95,6 +96,11 @@ class ThreatModel:
 
         if eps is not None and not bool((eps.isfinite() & (eps >= 0)).all()):
             raise ValueError(f"within(eps=) takes radii >= 0 in pixel units, got {eps.tolist()}.")
+        if eps is not None and (eps.ndim != 1 or (self.eps == 0 and bool((eps > 0).any()))):
+            raise ValueError(
+                f"within(eps=) takes radii (N,) of a threat model with a radius above 0, in which steps are measured; "
+                f"got {tuple(eps.shape)} and {self}."
+            )
         return LocalThreat(self, eps, mask)
 
     def noise(self, clean: Tensor, noise: Noise = None) -> Tensor:

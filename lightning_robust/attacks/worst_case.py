@@ -35,6 +35,8 @@ class WorstCase:
     Args:
         attacks: Two or more, ``(logits_fn, x, y) -> x_adv``; ours, adapted or your own.
         objective: Only its margin counts: what tells whether a sample is fooled. Callbacks fill it in.
+        early_exit: ``False`` gives every attack all samples. ``None``: those that hold, unless a callback measures more
+            than accuracy.
 
     Raises:
         ValueError: If there are fewer than two attacks.
@@ -48,6 +50,7 @@ class WorstCase:
 
     attacks: Sequence[PGD | APGD | Square | FGSM | NFGSM | UniformNoise | Callable[..., Any]]
     objective: str | Callable[..., Any] | None = None
+    early_exit: bool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attacks", tuple(self.attacks))
@@ -75,12 +78,13 @@ class WorstCase:
 
     def __call__(self, logits_fn: LogitsFn, x: Tensor, y: Tensor, *, generator: Noise = None) -> Tensor:
         """Perturb ``x`` (model inputs, ``(N, ...)``) against targets ``y``; the result has the type of ``x``."""
-        threat = self.threat if self.threat is not None else getattr(self.attacks[0], "threat", _anything())
+        threats = (getattr(attack, "threat", None) for attack in (self, *self.attacks))
+        threat = next((threat for threat in threats if threat is not None), _anything())
         with searching(threat, logits_fn, x, y, self.objective, generator) as search:
             best, (_, worst) = x.clone(), search.look(search.clean)
             rows = torch.arange(len(x), device=x.device)
             for attack in self.attacks:
-                if search.divisible:
+                if search.divisible and self.early_exit is not False:
                     rows = (worst <= 0).nonzero().squeeze(1)
                 if not len(rows):
                     break

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,18 +22,16 @@ from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.attach.worst_weights import at_worst_weights, steepest_weights
 from lightning_robust.attacks import FGSM, NFGSM, PGD, JointThreat, ThreatModel
 from lightning_robust.attacks.joint import side_by_side
-from lightning_robust.attacks.methods import BETA, FEEDS, attack_for, forwards_of, in_model_units, method_named, name_of
+from lightning_robust.attacks.methods import BETA, FEEDS, attack_for, cost_of, in_model_units, method_named, name_of
 from lightning_robust.callbacks.adversary import Adversary, threat_of
-from lightning_robust.callbacks.held_batch import ABOVE_CHANCE, CATASTROPHIC, LEARNT, HeldBatch
+from lightning_robust.callbacks.overfitting import OverfittingAlarm
+from lightning_robust.callbacks.teacher import Teacher
 from lightning_robust.losses import LossCall
 from lightning_robust.penalties.robust_terms import distillation, mart, mean_loss, trades
 from lightning_robust.randomness import RandomState
 
 __all__ = ["AdversarialTraining"]
 
-
-# Forward and input-gradient backward, as a share of a whole training step (docs/adversarial-training.md).
-STEP_COST = 0.77
 
 TERMS = {"trades": trades, "mart": mart}
 """What is added to the loss, from what the model says of the clean and of the attacked input."""
@@ -173,11 +170,11 @@ class AdversarialTraining(RobustCallback):
             )
         self.beta = BETA.get(self.method, 0.0) if beta is None else float(beta)
         self.beta_warmup_epochs, self.awp, self.awp_start_epoch = beta_warmup_epochs, awp, awp_start_epoch
-        self.teacher, self.teacher_weight, self.overfitting = teacher, teacher_weight, overfitting
+        self.teacher = None if teacher is None else Teacher(teacher, teacher_weight)
         self.adversary = Adversary(self.method, share, warmup_epochs, start_epoch, craft_mode, seed)
-        self._held = HeldBatch(seed)
+        self.alarm = OverfittingAlarm(overfitting, self.threat, "fgsm" in self.method, seed)
         self._clean: Step | None = None
-        self._checked = self._collapsed = False
+        self._checked = False
 
     def settings(self) -> Mapping[str, Any]:
         adversary = self.adversary
@@ -187,11 +184,16 @@ class AdversarialTraining(RobustCallback):
         shown |= {"start_epoch": adversary.start_epoch} if adversary.start_epoch else {}
         shown |= {} if self.awp is None else {"awp": self.awp, "awp_start_epoch": self.awp_start_epoch}
         if self.teacher is not None:
-            shown |= {"teacher": type(self.teacher).__name__, "teacher_weight": self.teacher_weight}
+            shown |= {"teacher": str(self.teacher), "teacher_weight": self.teacher.weight}
         shown |= {"warmup_epochs": adversary.warmup_epochs, "craft_mode": adversary.craft_mode}
-        return {**shown, "overfitting": self.overfitting, "seed": adversary.seed}
+        return {**shown, "overfitting": self.alarm.react, "seed": adversary.seed}
 
     # -- when ----------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.alarm.collapsed = False  # of another fit; a resumed one reads its own from the checkpoint
 
     def attach(self, trainer: Any, pl_module: Any) -> None:
         self.adversary.begin(trainer)
@@ -205,8 +207,8 @@ class AdversarialTraining(RobustCallback):
                 + "; leave it out, or train "
                 + ("with the callback instead." if self.by_hand else "with another strategy (DDP).")
             )
-        if isinstance(self.teacher, nn.Module):
-            self.teacher.to(pl_module.device).eval()
+        if self.teacher is not None:
+            self.on_detach(self.teacher.prepare(pl_module.device))
         adds = self.method in TERMS or self.teacher is not None
         feeds = self.method in FEEDS
         handle = install(
@@ -232,37 +234,20 @@ class AdversarialTraining(RobustCallback):
             leave_weights(pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.overfitting == "ignore" or self.threat is None or not self.adversary.active:
-            return
-        attacks: dict[str, Any] = {"accuracy": PGD(self.threat, steps=10)}
-        one_step = "fgsm" in self.method
-        if one_step:
-            attacks["fgsm_accuracy"] = FGSM(self.threat)
-        values = self._held.accuracies(trainer, self.probe, attacks)
-        self._held.forget()
-        if not values:
-            return
-        if one_step:
-            values["pgd_to_fgsm"] = values["accuracy"] / max(values["fgsm_accuracy"], 1e-9)
-            # What has not learnt to defend against one step yet, or not at this radius, cannot have overfitted to it.
+        if self.alarm.listens and self.adversary.active:
             grown = self.adversary.done >= self.adversary.start_epoch + self.adversary.warmup_epochs
-            least = max(LEARNT * values["held_clean_accuracy"], ABOVE_CHANCE * self._held.chance, 1e-9)
-            learnt = values["fgsm_accuracy"] >= least
-            if grown and learnt and values["pgd_to_fgsm"] < CATASTROPHIC:
-                self._collapse(trainer, values)
-        del values["held_clean_accuracy"]
-        for metric, value in values.items():
-            pl_module.log(self.key("train", metric), value, sync_dist=trainer.world_size > 1)
+            for metric, value in self.alarm.measure(trainer, self.probe, self, grown).items():
+                pl_module.log(self.key("train", metric), value, sync_dist=trainer.world_size > 1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"collapsed": self._collapsed}
+        return {"collapsed": self.alarm.collapsed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._collapsed = bool(state_dict.get("collapsed", False))
+        self.alarm.collapsed = bool(state_dict.get("collapsed", False))
 
     def _forget(self) -> None:
         self.adversary.forget()
-        self._held.forget()
+        self.alarm.held.forget()
         self._clean = None
 
     def __str__(self) -> str:
@@ -271,26 +256,25 @@ class AdversarialTraining(RobustCallback):
     # -- what ----------------------------------------------------------------------------------------------------
 
     def _fed(self, step: Step) -> Any:
+        self._craft(step)
         if not self.adversary.active:
             return step.batch
-        self._craft(step)
         # A copy: the step may write into its batch, and LBFGS calls it again with the same perturbation.
         return rebuilt(step.batch, self.probe.routes[step.name].inputs.into(step.batch, self._perturbed().clone()))
 
     def _craft(self, step: Step) -> None:
-        if not self.adversary.active or self.adversary.crafted is not None:
+        if not self.adversary.active:
+            if not self._checked:  # what cannot work must not show in the first epoch that is attacked
+                with self.probe.reading(step, training=False) as reading:
+                    self._first_batch(step, reading)
+            return
+        if self.adversary.crafted is not None:
             return
         self._clean = step
-        crafted = self.adversary.craft(step, self.probe, self._attack_now(), self._first_batch)
-        if self.overfitting != "ignore":
-            self._held.keep(step, len(crafted))
+        crafted = self.adversary.craft(step, self.probe, self.alarm.remedy or self.attack, self._first_batch)
+        self.alarm.hold(step, len(crafted))
         if self.threat is not None:
             self._count_outside(step, self.threat)
-
-    def _attack_now(self) -> Any:
-        if self._collapsed and self.overfitting == "switch" and self.threat is not None:
-            return PGD(self.threat, steps=10)
-        return self.attack
 
     def _terms(self, step: Step, call: LossCall | None, state: RandomState) -> Mapping[str, Tensor]:
         """What is added to the loss of the step, which ran on the attacked batch, with ``trades`` on the clean one."""
@@ -325,27 +309,19 @@ class AdversarialTraining(RobustCallback):
         """The terms of this method, weighted as they are now."""
         terms = {} if clean is None else TERMS[self.method](clean, attacked, self._beta_now)
         if self.teacher is not None:
-            terms |= distillation(self._taught(attacked), attacked, self.teacher_weight)
+            terms |= distillation(self._taught(self.teacher, attacked), attacked, self.teacher.weight)
         return terms
 
     @property
     def _beta_now(self) -> float:
         return self.beta * warm(self.adversary.done, self.beta_warmup_epochs, self.adversary.start_epoch)
 
-    def _taught(self, attacked: LossCall) -> Tensor:
+    def _taught(self, teacher: Teacher, attacked: LossCall) -> Tensor:
         """What the teacher says of the clean input."""
         step = self._clean
-        if step is None or self.teacher is None:
+        if step is None:
             raise RuntimeError(f"{self} was asked for its teacher outside of a training step.")
-        with torch.no_grad():
-            logits = self.teacher(self.probe.routes[step.name].inputs.of(step.batch))
-        if not isinstance(logits, Tensor) or logits.shape != attacked.logits.shape:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(
-                f"{self}: teacher= must map the input to logits {tuple(attacked.logits.shape)}, as this module does, "
-                f"got {got}. Wrap it in a function if it returns something else."
-            )
-        return logits.to(attacked.logits.dtype)
+        return teacher.logits(self.probe.routes[step.name].inputs.of(step.batch), attacked.logits, self)
 
     @contextmanager
     def _worst_weights(self, step: Step) -> Iterator[None]:
@@ -388,39 +364,23 @@ class AdversarialTraining(RobustCallback):
             f"{self}: {name_of(self.attack)}, {reading.found}",
             "" if self.threat is None else in_model_units(self.threat),
             self._cost(step.module),
+            f"attacks from epoch {self.adversary.start_epoch} on" if not self.adversary.active else "",
             "metrics logged by training_step are computed on "
             + ("the attacked batch" if self.method in FEEDS else "the clean batch"),
         ]
         self.say(self.adversary.trainer, "; ".join(line for line in lines if line) + ".")
 
     def _cost(self, module: nn.Module) -> str:
+        adds = self.method in TERMS
+        # The step's own forward gives no logits where logits_fn= has to.
+        again = self.probe.logits_fn is not None and (adds or self.teacher is not None)
         norms = sum(isinstance(part, _BatchNorm) for part in module.modules())
-        seen = 1 + (self.method in TERMS)
-        if self.probe.logits_fn is not None and (self.method in TERMS or self.teacher is not None):
-            seen += 1  # the step's own forward gives no logits where logits_fn= has to
-        batch_norm = f", BatchNorm sees {seen} forward{'s' if seen > 1 else ''} a step" if norms else ""
-        passes = forwards_of(self.attack)
-        if passes is None:
-            return batch_norm.removeprefix(", ")
-        multiple = 1 + STEP_COST * passes * self.adversary.share + (1.2 if self.method in TERMS else 0)
-        multiple += (0 if self.awp is None else 1 + (self.method in TERMS)) + (self.teacher is not None) / 3
-        return f"about {multiple:.1f} times the cost of a clean step{batch_norm}"
-
-    def _collapse(self, trainer: Any, values: Mapping[str, float]) -> None:
-        if self._collapsed:
-            return
-        self._collapsed = True
-        remedy = (
-            "PGD with 10 steps takes over from here"
-            if self.overfitting == "switch"
-            else "overfitting='switch' goes over to PGD; method='n-fgsm' or a smaller radius delays it"
-        )
-        warnings.warn(
-            f"{self}: catastrophic overfitting in epoch {trainer.current_epoch}: on a training batch "
-            f"{values['fgsm_accuracy']:.0%} are right under FGSM but {values['accuracy']:.0%} under PGD-10. The "
-            f"network defends against one step alone; keep a checkpoint from before. {remedy}.",
-            stacklevel=2,
-        )
+        seen = 1 + adds + again
+        batch_norm = f"BatchNorm sees {seen} forward{'s' if seen > 1 else ''} a step" if norms else ""
+        extra = (0.0 if self.awp is None else 1.0 + adds) + (self.teacher is not None) / 3
+        cost = cost_of(self.attack, self.adversary.share, adds)
+        steps = "" if cost is None else f"about {cost + extra:.1f} times the cost of a clean step"
+        return ", ".join(filter(None, (steps, batch_norm)))
 
     def _count_outside(self, step: Step, threat: ThreatModel | JointThreat) -> None:
         inputs = self.probe.routes[step.name].inputs

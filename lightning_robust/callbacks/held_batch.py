@@ -1,4 +1,4 @@
-"""A training batch under attack at the end of every epoch: shows robust overfitting, finds the catastrophic kind."""
+"""A training batch that is attacked at the end of every epoch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,7 @@ from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.step import Step
 from lightning_robust.randomness import seeded
 
-__all__ = ["ABOVE_CHANCE", "CATASTROPHIC", "LEARNT", "HeldBatch"]
-
-CATASTROPHIC = 0.3
-"""Of PGD accuracy over FGSM accuracy. On digits at linf 0.3 networks that fell to catastrophic overfitting lay below
-0.12 on test data, and between 0.1 and 0.4 on the batch they were trained on; sound ones above 0.6 on both. A difference
-would not do: 18 points are normal there."""
-
-
-LEARNT, ABOVE_CHANCE = 0.3, 1.5
-"""FGSM accuracy from which on a network can have collapsed: as a share of clean accuracy, in multiples of chance."""
+__all__ = ["HeldBatch"]
 
 
 class HeldBatch:

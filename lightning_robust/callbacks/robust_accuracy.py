@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import RandomSampler
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from lightning_robust.attach.attacked import AttackedBatch, at_radius
 from lightning_robust.attach.base import show_image, show_text
 from lightning_robust.attach.batches import InputKey, Key
-from lightning_robust.attach.checkpoint import pack_bits
 from lightning_robust.attach.groups import Groups
 from lightning_robust.attach.listener import step_context
 from lightning_robust.attach.loaders import evaluation_loaders
@@ -22,17 +21,18 @@ from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.reading import Reading
 from lightning_robust.attach.sharded import is_sharded, takes_part
 from lightning_robust.attach.step import Step
-from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.attacks import APGD, FGSM, NFGSM, PGD, AutoAttack, Square, ThreatModel, UniformNoise, WorstCase
 from lightning_robust.attacks.masking import CHECKS, MaskingReport, diagnose
-from lightning_robust.callbacks.robust_summary import curve_picture, summary
-from lightning_robust.losses import LossCall
-from lightning_robust.metrics import SampleScores, UnderAttack
+from lightning_robust.attacks.rehearsal import shortened
+from lightning_robust.callbacks.attacked_loader import AttackedLoader
+from lightning_robust.callbacks.robust_summary import curve_picture, entry, summary
+from lightning_robust.metrics import SampleScores
 from lightning_robust.pictures import attack_strips
-from lightning_robust.pixels import PixelSpace
 from lightning_robust.randomness import seeded
 
 __all__ = ["RobustAccuracy"]
+
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 OneAttack = PGD | APGD | Square | WorstCase | AutoAttack | FGSM | NFGSM | UniformNoise | Callable[..., Any]
 
@@ -55,16 +55,17 @@ class RobustAccuracy(Monitor):
 
     Args:
         attacks: One attack, a list of them, or a dict that names them. Anything ``(logits_fn, x, y) -> x_adv``.
-        max_samples: How many samples of each loader are attacked.
+        max_samples: How many samples of each loader are attacked, at most.
         stages: Where to measure: ``"val"`` (every validation, in ``fit`` too), ``"test"``, or both. A cheap attack
             for selection and a strong one for the report are two callbacks with one stage each.
         curve: Radii in pixel units for accuracy over the radius, of the first attack: ``robust/val/curve/{radius}``, a
             picture, and ``mean_radius``, the mean over all samples of the smallest perturbation found that fools it (0
-            where it is wrong anyway, the largest radius where none was found).
+            where it is wrong anyway, the largest radius where none was found). Others of its norm count there, too.
         calibration: Also log mean confidence and calibration error under each attack: ``confidence_{attack}``,
             ``ece_{attack}``. Attacks then run to their end, since one that stops when a sample is fooled leaves it
             where the model is least sure.
-        metrics: torchmetrics objects by name, taking ``(logits, labels)``: ``{name}_{attack}``, and ``{name}_clean``.
+        metrics: torchmetrics objects by name, taking ``(probabilities, labels)``: ``{name}_{attack}``, and
+            ``{name}_clean``.
         group_key: Where in the batch a group for each sample is (integers or strings): accuracy by group, clean and
             robust, ``group/{group}/accuracy``, and ``worst_group_accuracy``.
         masking: Diagnose gradient masking on the first batch of each test (up to 256 samples):
@@ -121,6 +122,15 @@ class RobustAccuracy(Monitor):
             raise ValueError(
                 f"max_samples= must be at least 1 and examples= not negative, got {max_samples} and {examples}."
             )
+        if curve and eps_key is not None:
+            raise ValueError(
+                "curve= tries radii that are the same for all samples, but eps_key= gives each sample its own; "
+                "leave one of them out."
+            )
+        if masking and "test" not in stages:
+            raise ValueError(
+                f"masking= diagnoses in Trainer.test, but stages={list(stages)} measures in validation alone."
+            )
         if any(isinstance(attack, NFGSM) for attack in self.attacks.values()):
             warnings.warn(
                 "NFGSM is a training attack that may go three times as far as eps; measure with PGD on the same threat "
@@ -132,10 +142,9 @@ class RobustAccuracy(Monitor):
         self.groups = None if group_key is None else Groups(group_key)
         self.masking = masking
         self._diagnosis: MaskingReport | None = None
-        self._under: dict[int, UnderAttack] = {}
-        self._scores: dict[int, SampleScores] = {}
-        self._pictures: list[tuple[Tensor, ...]] = []
-        self._checked = False
+        self._loaders: dict[int, AttackedLoader] = {}
+        self._checked: set[int] = set()
+        self._ids: dict[str, tuple[int, str]] = {}  # which samples were measured last, by key
 
     def settings(self) -> Mapping[str, Any]:
         own = {"max_samples": self.max_samples, "stages": ", ".join(self.stages), "seed": self.seed}
@@ -145,82 +154,66 @@ class RobustAccuracy(Monitor):
 
     def attach(self, trainer: Any, pl_module: Any) -> None:
         super().attach(trainer, pl_module)
-        self._checked = False  # another fit may bring other data
+        self._checked, self._ids = set(), {}  # another fit may bring other data
 
     def headlines(self) -> Sequence[str]:
         return ["accuracy", "clean_accuracy", *(f"accuracy_{name}" for name in self.attacks)]
 
     def rehearse(self, trainer: Any, step: Step, loader: int, stage: str) -> None:
-        with step_context(trainer, stage), self.probe.reading(self.listener.readable(stage)) as reading:
+        with self._reading(trainer, stage) as reading:
             self._first_batch(trainer, reading, loader)
+            # Two samples, shortened attacks: what is wrong with settings shows here.
+            groups = self._codes(self.listener.readable(stage), len(reading.x), loader)
+            rows = torch.arange(min(2, len(reading.x)), device=reading.x.device)
+            part = reading.at(rows) if reading.divisible else reading
+            n = len(part.x)
+            attacks = {name: shortened(attack) for name, attack in self.attacks.items()}
+            tried = AttackedLoader(attacks, self.curve[:1], self.metrics, self.calibration, self.seed, n)
+            tried.add(part, torch.arange(n), torch.ones(n, dtype=torch.bool), None if groups is None else groups[:n])
+            if trainer.world_size == 1:
+                tried.under.compute(tried.under.state())
 
     def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._scores, self._under, self._pictures, self._diagnosis = {}, {}, [], None
+        self._loaders, self._diagnosis = {}, None
 
     def before(self, trainer: Any, step: Step, batch_idx: int, loader: int, stage: str) -> None:
-        scores = self._scores.setdefault(loader, self._empty())
+        if loader not in self._loaders:
+            self._loaders[loader] = self._loader()
         index = self.listener.index
         keep = self.listener.counts & (index < self.max_samples)
         if not takes_part(trainer, step.module, index, keep, self.max_samples):
             return
-        # The precision of the run, except for autocast: robust accuracy in half precision is no robust accuracy.
-        step = self.listener.readable(stage)
-        no_autocast = torch.autocast(trainer.strategy.root_device.type, enabled=False)
-        with step_context(trainer, stage), no_autocast, self.probe.reading(step) as reading:
+        with self._reading(trainer, stage) as reading:
             self._first_batch(trainer, reading, loader)
-            groups = None if self.groups is None else self.groups.codes(step.batch, len(reading.x))
-            self._measure(reading, scores, index, keep, groups, loader, trainer.is_global_zero)
+            groups = self._codes(step, len(reading.x), loader)
+            pictures = self.examples if trainer.is_global_zero and loader == 0 else 0
+            self._loaders[loader].add(reading, index, keep, groups, pictures)
             if self.masking and stage == "test" and self._diagnosis is None and loader == 0:
                 self._diagnosis = self._diagnose(reading, index)
 
     # -- one batch -----------------------------------------------------------------------------------------------
 
-    def _empty(self) -> SampleScores:
-        return SampleScores(list(self.attacks), self.max_samples)
+    def _loader(self) -> AttackedLoader:
+        return AttackedLoader(self.attacks, self.curve, self.metrics, self.calibration, self.seed, self.max_samples)
 
-    def _measure(
-        self, reading: Reading, scores: SampleScores, index: Tensor, keep: Tensor, groups: Any, loader: int, zero: bool
-    ) -> None:
-        with torch.no_grad():
-            clean = reading.read(reading.x)
-        if clean.logits.shape[:1] != reading.x.shape[:1]:
-            raise ProbeError(
-                f"the loss gets {clean.logits.shape[0] if clean.logits.ndim else 'no'} rows for a batch of "
-                f"{len(reading.x)} samples, so that rows cannot be told apart by sample. Give logits_fn= that "
-                f"returns (N, K, ...) and target_key=."
-            )
-        keep &= clean.counted().cpu()
-        kept, right = index[keep], clean.correct().cpu()
-        under = self._under.setdefault(loader, self._measured_under())
-        batch = AttackedBatch(reading, clean, index, self.seed, to_the_end=under.counts_anything)
-        labels = clean.labels().cpu()[keep] if batch.single else None
-        groups = None if groups is None else groups[keep]
-        scores.add_clean(kept, right[keep], reading.x[keep.to(reading.x.device)], labels, groups)
-        under.update("clean", clean, keep)
-        for name, attack in self.attacks.items():
-            perturbed, attacked = batch.run(attack)
-            scores.add_attack(name, kept, attacked.correct().cpu()[keep])
-            under.update(name, attacked, keep)
-            self._add_radii(batch, scores, attack, perturbed, attacked, keep)
-            if zero and loader == 0 and name == next(iter(self.attacks)) and len(self._pictures) < self.examples:
-                self._keep_pictures(attack, reading.x, perturbed, clean, attacked)
-        holds = clean.correct() > 0
-        for radius in self.curve:  # small ones first: what falls to one falls to all that are larger
-            attack = at_radius(next(iter(self.attacks.values())), radius)
-            perturbed, attacked = batch.run(attack, holds)
-            self._add_radii(batch, scores, attack, perturbed, attacked, keep)
-            holds = holds & (attacked.correct() > 0)
+    @contextmanager
+    def _reading(self, trainer: Any, stage: str) -> Iterator[Reading]:
+        # The precision of the run, except for autocast: robust accuracy in half precision is no robust accuracy.
+        no_autocast = torch.autocast(trainer.strategy.root_device.type, enabled=False)
+        with step_context(trainer, stage), no_autocast, self.probe.reading(self.listener.readable(stage)) as reading:
+            yield reading
 
-    def _measured_under(self) -> UnderAttack:
-        return UnderAttack(["clean", *self.attacks], self.metrics, self.calibration)
-
-    @staticmethod
-    def _add_radii(
-        batch: AttackedBatch, scores: SampleScores, attack: Any, perturbed: Tensor, attacked: LossCall, keep: Tensor
-    ) -> None:
-        radii = batch.radii(attack, perturbed, attacked)
-        if radii is not None:
-            scores.add_radius(batch.index[keep], radii[keep])
+    def _codes(self, step: Step, n: int, loader: int) -> Tensor | None:
+        """The group of each sample; of a loader behind the first only if it has any."""
+        if self.groups is None:
+            return None
+        try:
+            return self.groups.codes(step.batch, n)
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
+            if loader == 0:
+                raise
+            self.warn_once(f"loader {loader} is measured without groups: {error}", f"groups of loader {loader}")
+            return None
 
     def _diagnose(self, reading: Reading, index: Tensor) -> MaskingReport | None:
         attack = next((a for a in self.attacks.values() if getattr(a, "threat", None) is not None), None)
@@ -231,38 +224,27 @@ class RobustAccuracy(Monitor):
             return None
         rows = torch.arange(min(256, len(reading.x)), device=reading.x.device)
         part = reading.at(rows) if len(rows) < len(reading.x) and reading.divisible else reading
-        threat = part.threat(attack.threat).widened()
+        threat = part.local(part.threat(attack.threat)).widened()
         return diagnose(part.logits, part.x, part.y, threat, objective=part, generator=seeded(self.seed, int(index[0])))
-
-    def _keep_pictures(self, attack: Any, x: Tensor, perturbed: Tensor, clean: LossCall, attacked: LossCall) -> None:
-        if x.ndim != 4 or clean.predictions().shape != x.shape[:1]:
-            return  # no pictures, or no single prediction a picture
-        threat = getattr(attack, "threat", None)
-        space: PixelSpace = PixelSpace() if threat is None else threat.pixels
-        rows = (
-            space.to_pixels(x),
-            space.to_pixels(perturbed),
-            clean.labels(),
-            clean.predictions(),
-            attacked.predictions(),
-        )
-        self._pictures += list(zip(*(r.detach().cpu() for r in rows), strict=True))
 
     # -- one epoch -----------------------------------------------------------------------------------------------
 
     def finish(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # Every process goes through all loaders: what is summed must be summed by all of them.
         for loader, suffix in enumerate(suffixes(trainer)):
-            scores = self._scores.get(loader) or self._empty()
-            scores.load(self.summed(trainer, pl_module, scores.state()))
+            found = None if loader in self.left_out else self._loaders.get(loader)
+            found = found or self._loader()
+            scores = found.scores
+            size = self.summed(trainer, pl_module, torch.tensor([scores.size], dtype=torch.float64))
+            scores.load(self.summed(trainer, pl_module, scores.state(int(size[0]))))
             if not scores.n:
                 continue
             if self.groups is not None:
                 self.groups.share(trainer)
             values = {**scores.accuracies(), **summary(scores, self.curve, self.groups)}
-            under = self._under.get(loader) or self._measured_under()
-            if under.counts_anything:
-                values |= under.compute(self.summed(trainer, pl_module, under.state()))
+            if found.under.counts_anything:
+                values |= found.under.compute(self.summed(trainer, pl_module, found.under.state()))
+            self._compare_samples(scores, self.key(stage, "samples") + suffix)
             self.log_values(pl_module, {self.key(stage, m) + suffix: v for m, v in values.items()}, scores.n)
             if loader == 0:
                 if self.curve and trainer.is_global_zero:
@@ -270,30 +252,20 @@ class RobustAccuracy(Monitor):
                     picture = curve_picture(scores, self.curve, *next(iter(self.attacks.items())), title)
                     show_image(trainer, self.key(stage, "curve"), picture)
                 if stage == "val":
-                    self.record(trainer, self._measured(scores))
+                    self.record(trainer, entry(scores, self.attacks, self.curve, self.groups))
         self._report_masking(trainer, pl_module, stage)
         self._show_pictures(trainer, stage)
-        self._scores, self._under, self._pictures = {}, {}, []
+        self._loaders = {}
 
-    def _measured(self, scores: SampleScores) -> dict[str, Any]:
-        accuracies = scores.accuracies()
-        attacks = {
-            name: {
-                "settings": repr(attack),
-                "n": scores.n,
-                "accuracy": accuracies[f"accuracy_{name}"],
-                "correct": pack_bits(scores.correct(name) == 1),
-            }
-            for name, attack in self.attacks.items()
-        }
-        clean = {"clean_accuracy": accuracies["clean_accuracy"], "clean_correct": pack_bits(scores.correct() == 1)}
-        entry = {"attacks": attacks, "n": scores.n, **clean, "sample_ids": scores.sample_ids}
-        entry["classes"] = {str(part): list(found) for part, found in scores.by("class").items()}
-        if self.groups is not None:
-            entry["groups"] = {self.groups.name(part): list(found) for part, found in scores.by("group").items()}
-        if self.curve:
-            entry["curve"] = {"radii": list(self.curve), "accuracy": scores.holding(self.curve)}
-        return entry
+    def _compare_samples(self, scores: SampleScores, key: str) -> None:
+        now, before = (scores.n, scores.sample_ids), self._ids.get(key)
+        self._ids[key] = now
+        if before is not None and before != now and before[0] == now[0]:
+            self.warn_once(
+                f"the samples are others than in the last evaluation ({key}): does their loader shuffle, or augment at "
+                "random? Numbers of different epochs and checkpoints cannot be compared then.",
+                f"samples of {key}",
+            )
 
     def _report_masking(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if not (self.masking and stage == "test"):
@@ -310,16 +282,16 @@ class RobustAccuracy(Monitor):
         own = [bool(found), suspicions, *(found.get(check, 0.0) for check in CHECKS)]
         reports, total, *sums = self.summed(trainer, pl_module, torch.tensor(own, dtype=torch.float64)).tolist()
         if reports:
-            values = {f"masking/{check}": value / reports for check, value in zip(CHECKS, sums, strict=True)}
+            asked = [check for check in CHECKS if not found or check in found]
+            values = {f"masking/{c}": v / reports for c, v in zip(CHECKS, sums, strict=True) if c in asked}
             values["masking_suspicions"] = total
             self.log_values(pl_module, {self.key(stage, name): value for name, value in values.items()}, 1)
 
     def _show_pictures(self, trainer: Any, stage: str) -> None:
-        if not self._pictures or not trainer.is_global_zero:
+        pictures = self._loaders[0].pictures if 0 in self._loaders else []
+        if not pictures or not trainer.is_global_zero:
             return
-        clean, perturbed, labels, before, after = (
-            torch.stack(c) for c in zip(*self._pictures[: self.examples], strict=True)
-        )
+        clean, perturbed, labels, before, after = (torch.stack(c) for c in zip(*pictures[: self.examples], strict=True))
         threat = getattr(next(iter(self.attacks.values())), "threat", None)
         bounds = None if threat is None else threat.pixels.bounds
         bounds = bounds or (float(clean.min()), max(float(clean.max()), float(clean.min()) + 1e-6))
@@ -329,21 +301,22 @@ class RobustAccuracy(Monitor):
     # -- the first batch -----------------------------------------------------------------------------------------
 
     def _first_batch(self, trainer: Any, reading: Reading, loader: int) -> None:
-        if self._checked:
+        if loader in self._checked:
             return
-        self._checked = True
         for attack in self.attacks.values():
             if getattr(attack, "threat", None) is not None:
                 reading.threat(attack.threat).pixels.check(reading.x)
-        self.say(
-            trainer,
-            f"RobustAccuracy: {', '.join(self.attacks)} on the first {self.max_samples} samples of each loader; "
-            f"{reading.found}.",
-        )
-        if isinstance(getattr(evaluation_loaders(trainer)[loader][1], "sampler", None), RandomSampler):
+        if not self._checked:
+            self.say(
+                trainer,
+                f"RobustAccuracy: {', '.join(self.attacks)} on the first {self.max_samples} samples of each loader; "
+                f"{reading.found}.",
+            )
+        self._checked.add(loader)
+        if isinstance(getattr(evaluation_loaders(trainer)[loader][1], "sampler", None), _SHUFFLING):
             warnings.warn(
-                "the evaluation loader shuffles, so that each epoch attacks other samples and numbers of different "
-                "epochs or checkpoints cannot be compared; use shuffle=False.",
+                f"evaluation loader {loader} shuffles, so that each epoch attacks other samples and numbers of "
+                "different epochs or checkpoints cannot be compared; use shuffle=False.",
                 stacklevel=2,
             )
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from lightning_robust.attach.checkpoint import pack_bits
 from lightning_robust.attach.groups import Groups
 from lightning_robust.charts import accuracy_curve
 from lightning_robust.intervals import share_interval, wilson
 from lightning_robust.metrics import SampleScores
 
-__all__ = ["curve_picture", "summary"]
+__all__ = ["curve_picture", "entry", "summary"]
 
 
 def summary(scores: SampleScores, radii: Sequence[float], groups: Groups | None) -> dict[str, float]:
@@ -35,8 +36,37 @@ def summary(scores: SampleScores, radii: Sequence[float], groups: Groups | None)
         found = {groups.name(code): measured for code, measured in scores.by("group").items()}
         for name, (_, clean, robust) in found.items():
             values |= {f"group/{name}/clean_accuracy": clean, f"group/{name}/accuracy": robust}
-        values["worst_group_accuracy"] = min(robust for _, _, robust in found.values())
+        if found:
+            values["worst_group_accuracy"] = min(robust for _, _, robust in found.values())
     return values
+
+
+def entry(
+    scores: SampleScores, attacks: Mapping[str, Any], radii: Sequence[float], groups: Groups | None
+) -> dict[str, Any]:
+    """What checkpoints get: settings and accuracy of each attack, and right or wrong, one bit a sample."""
+    accuracies = scores.accuracies()
+    found: dict[str, Any] = {
+        "attacks": {
+            name: {
+                "settings": repr(attack),
+                "n": scores.n,
+                "accuracy": accuracies[f"accuracy_{name}"],
+                "correct": pack_bits(scores.correct(name) == 1),
+            }
+            for name, attack in attacks.items()
+        },
+        "n": scores.n,
+        "clean_accuracy": accuracies["clean_accuracy"],
+        "clean_correct": pack_bits(scores.correct() == 1),
+        "sample_ids": scores.sample_ids,
+        "classes": {str(part): list(measured) for part, measured in scores.by("class").items()},
+    }
+    if groups is not None:
+        found["groups"] = {groups.name(part): list(measured) for part, measured in scores.by("group").items()}
+    if radii:
+        found["curve"] = {"radii": list(radii), "accuracy": scores.holding(radii)}
+    return found
 
 
 def curve_picture(scores: SampleScores, radii: Sequence[float], name: str, attack: Any, title: str) -> Tensor:

@@ -1,8 +1,19 @@
 """Data that ships in packages and small nets: what recipes and tests train on."""
 
+from lightning_robust.demo.cifar import CIFAR10, PreActClassifier, PreActResNet18
 from lightning_robust.demo.decoy import DecoyDigits
 from lightning_robust.demo.digits import Digits
 from lightning_robust.demo.nets import Classifier, SmallCNN
 from lightning_robust.demo.ood import Letters, Patches
 
-__all__ = ["Classifier", "DecoyDigits", "Digits", "Letters", "Patches", "SmallCNN"]
+__all__ = [
+    "CIFAR10",
+    "Classifier",
+    "DecoyDigits",
+    "Digits",
+    "Letters",
+    "Patches",
+    "PreActClassifier",
+    "PreActResNet18",
+    "SmallCNN",
+]

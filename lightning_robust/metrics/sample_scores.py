@@ -23,7 +23,7 @@ class SampleScores:
 
     Args:
         attacks: Names of the attacks.
-        capacity: How many samples are kept.
+        capacity: How many samples are kept at most; memory grows with those that come.
 
     Example:
         >>> scores = SampleScores(["pgd"], capacity=4)
@@ -36,7 +36,8 @@ class SampleScores:
 
     def __init__(self, attacks: Sequence[str], capacity: int) -> None:
         self.attacks = list(attacks)
-        self._table = torch.zeros(_FIRST_ATTACK + len(self.attacks), capacity, dtype=torch.float64)
+        self.capacity = capacity
+        self._table = torch.zeros(_FIRST_ATTACK + len(self.attacks), 0, dtype=torch.float64)
         self._ids = 0
 
     def add_clean(
@@ -51,6 +52,7 @@ class SampleScores:
             labels: Right classes ``(N,)``, where a sample has one.
             groups: What group each sample belongs to, ``(N,)`` whole numbers.
         """
+        self._grow(int(index.max()) + 1 if len(index) else 0)
         self._table[_SEEN, index] = 1.0
         self._table[_CLEAN, index] = correct.double().cpu()
         self._table[_LABEL, index] = _NONE if labels is None else labels.double().cpu()
@@ -70,15 +72,30 @@ class SampleScores:
         """How far samples had to be moved to be fooled, ``(N,)``, infinite where they were not; the smallest counts."""
         self._table[_RADIUS, index] = torch.minimum(self._table[_RADIUS, index], radius.double().cpu())
 
-    def state(self) -> Tensor:
-        """Everything, as one tensor of doubles to be summed over processes."""
+    @property
+    def size(self) -> int:
+        """How many samples the table has room for now."""
+        return self._table.shape[1]
+
+    def _grow(self, size: int) -> None:
+        if size > self.capacity:
+            raise IndexError(f"expected numbers of samples below {self.capacity}, got {size - 1}.")
+        if size > self.size:
+            self._resize(min(self.capacity, max(size, 2 * self.size)))
+
+    def _resize(self, size: int) -> None:
+        self._table = torch.nn.functional.pad(self._table, (0, size - self.size))
+
+    def state(self, size: int = 0) -> Tensor:
+        """Everything, as one tensor of doubles to be summed over processes, which all have to use one ``size``."""
+        self._resize(max(self.size, min(size, self.capacity)))
         ids = torch.tensor([(self._ids >> shift) & 0xFFFF for shift in _SHIFTS], dtype=torch.float64)
         return torch.cat([self._table.flatten(), ids])
 
     def load(self, state: Tensor) -> None:
         """Take over the sum of several states."""
         state = state.cpu()
-        self._table = state[: -len(_SHIFTS)].view_as(self._table)
+        self._table = state[: -len(_SHIFTS)].view(len(self._table), -1)
         parts = zip(state[-len(_SHIFTS) :].tolist(), _SHIFTS, strict=True)
         self._ids = sum(int(part) << shift for part, shift in parts) % 2**64
 

@@ -19,7 +19,7 @@ class UnderAttack:
 
     Args:
         conditions: ``"clean"`` and names of attacks.
-        metrics: torchmetrics objects by name, taking ``(logits, labels)``; each condition gets copies of its own.
+        metrics: torchmetrics objects by name, taking ``(probabilities, labels)``; each condition has copies of its own.
         calibration: Whether mean confidence and calibration error are measured.
 
     Example:
@@ -56,7 +56,8 @@ class UnderAttack:
         self._counts[condition] += int(keep.sum())
         for metric in self._metrics[condition].values():
             rows = keep.to(call.logits.device)
-            metric.to(call.logits.device).update(call.logits.detach()[rows].float(), call.labels()[rows])
+            # Not logits: torchmetrics takes those of a batch that happen to lie in [0, 1] for probabilities.
+            metric.to(call.logits.device).update(call.probabilities().detach()[rows], call.labels()[rows])
         if self.calibration:
             log_p, labels, sample = call.rows()
             counted = keep.to(sample.device)[sample]
@@ -78,5 +79,9 @@ class UnderAttack:
                 values[f"confidence_{condition}"] = reliability.mean_confidence
                 values[f"ece_{condition}"] = reliability.ece
             for name, metric in self._metrics[condition].items():
-                values[f"{name}_{condition}"] = float(metric.compute())
+                value = metric.compute()
+                if not isinstance(value, Tensor) or value.numel() != 1:
+                    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    raise ValueError(f"metrics= takes metrics of one number each, but {name!r} computes {got}.")
+                values[f"{name}_{condition}"] = float(value)
         return values

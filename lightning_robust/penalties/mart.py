@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_robust.divergence import kl_divergences
+
 __all__ = ["misclassification_aware"]
 
 
@@ -41,5 +43,4 @@ def misclassification_aware(clean: Tensor, attacked: Tensor, y: Tensor) -> tuple
     # log(1 - p_k) as the logarithm of what all other classes have together.
     others = attacked.scatter(1, likeliest, -float("inf")).logsumexp(1)
     unsure = 1 - clean.gather(1, index).squeeze(1).exp()
-    divergence = (clean.exp() * (clean - attacked)).sum(1)
-    return -others * counted, divergence * unsure * counted
+    return -others * counted, kl_divergences(clean, attacked) * unsure * counted

@@ -12,12 +12,14 @@ __all__ = ["distillation", "mart", "mean_loss", "trades"]
 
 
 def mean_loss(call: LossCall) -> Tensor:
-    """The loss of a call, averaged over samples and, as the usual loss does, over their pixels or labels."""
-    return call.per_sample().mean() / _positions(call)
+    """The loss of a call as its usual reduction has it; see :meth:`LossCall.mean`."""
+    return call.mean()
 
 
 def trades(clean: LossCall, attacked: LossCall, beta: float) -> dict[str, Tensor]:
     """``beta * KL(clean prediction || attacked one)``, to be added to the loss at the clean input.
+
+    It needs no labels: predictions without one (``ignore_index``) count as well.
 
     Example:
         >>> import torch
@@ -35,7 +37,8 @@ def mart(clean: LossCall, attacked: LossCall, beta: float) -> dict[str, Tensor]:
     log_q = attacked.log_probabilities()
     labels = labels.argmax(1) if labels.shape == log_q.shape else labels
     margin, divergence = misclassification_aware(clean.log_probabilities(), log_q, labels)
-    return {"margin": margin.mean(), "kl": beta * divergence.mean()}
+    number = (labels >= 0).sum().clamp_min(1)
+    return {"margin": margin.sum() / number, "kl": beta * divergence.sum() / number}
 
 
 def distillation(taught: Tensor, attacked: LossCall, weight: float) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def data(n: int = 32) -> DataLoader[Any]:
 
 
 MONITORS: dict[str, tuple[type[Any], tuple[Any, ...], str, str]] = {
-    "RobustAccuracy": (RobustAccuracy, (PGD(THREAT, steps=1),), "robust/val/accuracy", "_measure"),
+    "RobustAccuracy": (RobustAccuracy, (PGD(THREAT, steps=1),), "robust/val/accuracy", "_codes"),
     "CalibrationMonitor": (CalibrationMonitor, (), "calibration/val/ece", "hear"),
     "OODMonitor": (OODMonitor, (), "ood/val/synthetic_noise/energy_auroc", "_score_synthetic"),
     "SaliencySnapshots": (SaliencySnapshots, (["gradient"],), "saliency/val/flips", "_snapshot"),

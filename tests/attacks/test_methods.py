@@ -10,8 +10,10 @@ from lightning_robust.attacks import FGSM, NFGSM, PGD, JointThreat, ThreatModel
 from lightning_robust.attacks.methods import (
     BETA,
     FEEDS,
+    STEP_COST,
     Method,
     attack_for,
+    cost_of,
     forwards_of,
     in_model_units,
     method_named,
@@ -119,6 +121,9 @@ def test_n_fgsm_is_for_linf() -> None:
 )
 def test_passes_are_counted_where_they_are_known(attack: Any, passes: int | None) -> None:
     assert forwards_of(attack) == passes
+    for share, adds in ((1.0, False), (0.5, True)):
+        expected = None if passes is None else 1 + STEP_COST * passes * share + (1.2 if adds else 0.0)
+        assert cost_of(attack, share, adds) == expected
 
 
 def test_which_methods_feed_the_step_and_which_weigh_a_divergence() -> None:

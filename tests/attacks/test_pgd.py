@@ -394,7 +394,7 @@ def test_leaving_fooled_samples_alone_changes_neither_robust_accuracy_nor_those_
     torch.testing.assert_close(early[holds], whole[holds], rtol=0, atol=1e-12)
     assert sum(sizes) < dear
     assert sizes == sorted(sizes, reverse=True) or restarts > 1
-    assert dear == 40 * (6 * restarts + (restarts if restarts > 1 else 0))
+    assert dear == 40 * 6 * restarts
 
 
 def test_samples_that_are_wrong_from_the_start_cost_one_look() -> None:

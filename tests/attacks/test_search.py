@@ -92,10 +92,10 @@ def test_of_several_runs_the_worst_counts_sample_by_sample_and_what_is_fooled_is
     with searching(threat, lambda z: z, x, y, None) as search:
         moves = iter([0.0, -0.06, -0.2])
 
-        def run(part: object) -> torch.Tensor:
+        def run(part: object) -> tuple[torch.Tensor, None]:
             clean = part.clean  # type: ignore[attr-defined]
             sizes.append(len(clean))
-            return clean + torch.tensor([next(moves), 0.0])
+            return clean + torch.tensor([next(moves), 0.0]), None
 
         best = worst_of([search] * 3, run, early_exit=True)
     assert sizes == [3, 3, 2]  # the second run fooled the last sample
@@ -196,16 +196,16 @@ def test_a_batch_that_cannot_be_taken_apart_is_searched_whole() -> None:
 
 def test_of_no_search_there_is_no_worst() -> None:
     with pytest.raises(ValueError, match="one search or more, got none"):
-        worst_of([], lambda search: search.clean, early_exit=False)
+        worst_of([], lambda search: (search.clean, None), early_exit=False)
 
 
 def test_runs_begin_from_what_is_known() -> None:
     x, y = torch.tensor([[0.4, 0.6], [0.9, 0.1]]), torch.tensor([0, 0])
     seen: list[int] = []
 
-    def run(search: Any) -> Tensor:
+    def run(search: Any) -> tuple[Tensor, None]:
         seen.append(len(search.clean))
-        return search.clean + 0.01
+        return search.clean + 0.01, None
 
     with searching(ThreatModel("linf", 0.1), lambda z: z, x, y, None) as search:
         best = worst_of([search], run, early_exit=True, known=search.clean)

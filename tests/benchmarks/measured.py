@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -34,6 +36,7 @@ from lightning_robust.metrics import CalibrationError
 from lightning_robust.modes import frozen
 from lightning_robust.randomness import RandomState, seeded
 from tests.benchmarks import subjects
+from tests.benchmarks.memory import METHODS
 from tests.benchmarks.subjects import EPS, STEPS, Plain, Subject, trainer
 from tests.benchmarks.timing import Row, compared, interleaved, progress
 
@@ -56,7 +59,7 @@ class _Inside(pl.Callback):
 def crafting() -> list[Row]:
     """PGD-10 over 10 x (forward up to the loss and gradient of the input), eval mode."""
     rows: list[Row] = []
-    for subject, repeats in ((Subject("cnn", 128), 5), (Subject("cnn", 8), 40), (Subject("mlp", 64), 300)):
+    for subject, repeats in ((Subject("cnn", 128), 9), (Subject("cnn", 8), 40), (Subject("mlp", 64), 300)):
         progress(f"crafting: {subject.name}")
         callback = AdversarialTraining(PGD(THREAT, steps=STEPS))
         inside = _Inside(partial(_crafted, callback, repeats))
@@ -70,6 +73,8 @@ def _crafted(callback: AdversarialTraining, repeats: int, module: Any, batch: An
     """Inside a real fit: the Trainer is real, the seam is in, and what is timed is what the seam calls for a batch."""
     import foolbox  # peers of the tests, not of the package: only this benchmark needs them
     import torchattacks  # type: ignore[import-untyped]  # ships no types
+    from art.attacks.evasion import ProjectedGradientDescent  # type: ignore[import-untyped]  # ships no types
+    from art.estimators.classification import PyTorchClassifier  # type: ignore[import-untyped]  # ships no types
 
     x, y = batch
     net = deepcopy(module.net).eval()
@@ -77,6 +82,12 @@ def _crafted(callback: AdversarialTraining, repeats: int, module: Any, batch: An
     fooled = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")  # type: ignore[attr-defined]  # re-exported silently
     foolbox_pgd = foolbox.attacks.LinfPGD(abs_stepsize=subjects.STEP_SIZE, steps=STEPS)
     torchattacks_pgd = torchattacks.PGD(net, eps=EPS, alpha=subjects.STEP_SIZE, steps=STEPS)
+
+    classifier = PyTorchClassifier(net, nn.CrossEntropyLoss(), x.shape[1:], 10, clip_values=(0, 1), device_type="cpu")
+    art_pgd = ProjectedGradientDescent(
+        classifier, "inf", EPS, subjects.STEP_SIZE, max_iter=STEPS, num_random_init=1, batch_size=len(x), verbose=False
+    )
+    arrays = x.numpy(), y.numpy()
 
     def floor() -> None:
         for _ in range(STEPS):
@@ -99,8 +110,21 @@ def _crafted(callback: AdversarialTraining, repeats: int, module: Any, batch: An
         "hand loop": by_hand,
         "torchattacks PGD": lambda: torchattacks_pgd(x, y),
         "foolbox LinfPGD": lambda: foolbox_pgd.run(fooled, x, y, epsilon=EPS),
+        "ART ProjectedGradientDescent": lambda: art_pgd.generate(*arrays),
     }
     return interleaved(contenders, repeats)
+
+
+def memory() -> list[Row]:
+    """Peak memory of two steps of a fit (CNN 3x32x32, batch 256, PGD with 3 steps), in MB, over a plain one."""
+    peaks: dict[str, float] = {}
+    for method in METHODS:
+        progress(f"memory: {method}")
+        command = [sys.executable, "-m", "tests.benchmarks.memory", method]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[method] = float(answer.stdout.split()[-1]) / 1e6
+    case = "CNN 3x32x32, batch 256 (MB instead of ms)"
+    return [Row("memory", case, name, mb, ratio=mb / peaks["plain"]) for name, mb in peaks.items()]
 
 
 def epoch() -> list[Row]:
@@ -378,6 +402,7 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "seam": seam,
     "read": read,
     "trades": trades,
+    "memory": memory,
     "evaluation": evaluation,
     "survivors": survivors,
     "penalties": penalties,

@@ -93,8 +93,9 @@ def table(title: str, rows: list[Row]) -> str:
     for row in rows:
         ratio = spread = extra = target = ""
         if row.ratio is not None:
-            ratio, spread = f"**{row.ratio:.3f}**", f"{row.lowest:.2f} - {row.highest:.2f}"
-            extra = f"{row.extra_microseconds:.0f}"
+            ratio = f"**{row.ratio:.3f}**"
+            if row.lowest is not None:
+                spread, extra = f"{row.lowest:.2f} - {row.highest:.2f}", f"{row.extra_microseconds:.0f}"
             if row.target is not None:
                 target = f"<= {row.target:g} {'met' if row.ratio <= row.target else 'MISSED'}"
         lines.append(f"| {row.case} | {row.what} | {row.milliseconds:.3f} | {ratio} | {spread} | {extra} | {target} |")

@@ -134,16 +134,17 @@ class WithLBFGS(Asymmetric):
 
 
 @pytest.mark.parametrize("method", ["madry", "trades"])
-def test_lbfgs_meets_one_perturbation_in_all_its_closure_calls(method: str) -> None:
+def test_lbfgs_meets_one_perturbation_in_all_its_closure_calls(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     crafted: list[Any] = []
+    fitted = Adversary.fitted
 
-    class Counting(AdversarialTraining):
-        def _attack_now(self) -> Any:
-            crafted.append(super()._attack_now())
-            return crafted[-1]
+    def counting(self: Adversary, attack: Any, reading: Any) -> Any:
+        crafted.append(attack)
+        return fitted(self, attack, reading)
 
-    module = zoo.built(WithLBFGS)
-    zoo.trainer(max_steps=2, callbacks=[Counting(PGD(THREAT, steps=2), method)]).fit(module, zoo.loader(WithLBFGS))
+    monkeypatch.setattr(Adversary, "fitted", counting)
+    module, callback = zoo.built(WithLBFGS), AdversarialTraining(PGD(THREAT, steps=2), method)
+    zoo.trainer(max_steps=2, callbacks=[callback]).fit(module, zoo.loader(WithLBFGS))
     assert len(crafted) == 2
     assert int(module.net[1].num_batches_tracked) > 4  # the closure ran several times
 

@@ -36,7 +36,10 @@ def test_robust_is_what_is_right_without_and_under_every_attack() -> None:
 def test_order_means_nothing_and_two_processes_are_one() -> None:
     one, backwards = scores(list(range(20))), scores(list(range(19, -1, -1)))
     summed = SampleScores(list(ATTACKED), capacity=32)
-    summed.load(scores(list(range(0, 20, 2))).state() + scores(list(range(1, 20, 2))).state())
+    even, odd = scores(list(range(0, 20, 2))), scores(list(range(1, 20, 2)))
+    assert even.size != odd.size
+    assert even.size + odd.size <= 64  # room for what came, not for all that may come
+    summed.load(even.state(odd.size + even.size) + odd.state(odd.size + even.size))
     for other in (backwards, summed):
         assert other.accuracies() == one.accuracies()
         assert other.sample_ids == one.sample_ids
