@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_robust.attach.attacked import AttackedBatch, at_radius
 from lightning_robust.attach.reading import Reading
 from lightning_robust.attach.watcher import ProbeError
+from lightning_robust.attacks import ThreatModel
 from lightning_robust.losses import LossCall
 from lightning_robust.metrics import SampleScores, UnderAttack
 from lightning_robust.pixels import PixelSpace
@@ -123,7 +124,7 @@ class AttackedLoader:
 
 def _comparable(attack: Any, other: Any) -> bool:
     """Whether distances of two attacks are of one kind: a norm, and units."""
-    threats = getattr(attack, "threat", None), getattr(other, "threat", None)
-    if threats[0] is None or threats[1] is None:
+    one, two = getattr(attack, "threat", None), getattr(other, "threat", None)
+    if not isinstance(one, ThreatModel) or not isinstance(two, ThreatModel):
         return False
-    return bool(threats[0].norm == threats[1].norm and threats[0].pixels == threats[1].pixels)
+    return one.norm == two.norm and one.pixels == two.pixels
