@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 import time
 import warnings
@@ -139,13 +140,14 @@ def evaluate(run: str | Path, overrides: Sequence[str] = (), *, checkpoint: str 
     Args:
         run: Folder of the run.
         overrides: ``key=value`` changes of its recipe.
-        checkpoint: Weights to test; by default those that the run's results belong to, else its last ones.
+        checkpoint: Weights to test; by default those that the run's results belong to, else its best ones so far, else
+            its last ones.
     """
     start, folder = time.monotonic(), Path(run)
     recipe = compose(folder / RAW, overrides)
     known = Results.read(folder) if (folder / RESULTS).is_file() else None
     if checkpoint is None:
-        checkpoint = (known and known.checkpoint) or str(_last_checkpoint(folder))
+        checkpoint = (known and known.checkpoint) or str(_best_checkpoint(folder))
     drift = {key: value for key, value in (known.metrics if known else {}).items() if _area(key) == "saliency"}
     trainer, module, data = instantiate(recipe, folder, log=False)  # the curves of the run stay as they are
     return _report(trainer, module, data, recipe, folder.parent.name, folder, checkpoint, start, drift, write=False)
@@ -235,6 +237,18 @@ def _version_of(run: Path) -> int:
 def _next_version(folder: Path) -> Path:
     taken = [_version_of(run) for run in folder.glob("version_*")]
     return folder / f"version_{max(taken, default=-1) + 1}"
+
+
+def _best_checkpoint(folder: Path) -> Path:
+    """Of a run that was killed before it wrote its results: what its last checkpoint says was the best one."""
+    last = _last_checkpoint(folder)
+    try:
+        states = torch.load(last, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {}).values()
+    except pickle.UnpicklingError:  # a callback of the user's keeps objects of its own in there
+        return last
+    watched = [state for state in states if isinstance(state, dict) and state.get("monitor") is not None]
+    best = (folder / "checkpoints" / Path(str(state.get("best_model_path", ""))).name for state in watched)
+    return next((path for path in best if path.is_file()), last)
 
 
 def _last_checkpoint(folder: Path) -> Path:

@@ -305,6 +305,20 @@ def test_a_run_that_was_moved_can_still_be_evaluated(tmp_path: Path, monkeypatch
     assert Path(str(again.checkpoint)).resolve() == moved / "checkpoints" / "best.ckpt"
 
 
+def test_a_run_that_was_killed_in_its_test_is_tested_with_its_best_weights(tmp_path: Path) -> None:
+    # The first epoch stays the best, whatever happens: its number is monitored.
+    never_better = ("callbacks.checkpoint.init_args.monitor=epoch", "callbacks.checkpoint.init_args.mode=min")
+    folder = Path(fit("standard", tmp_path, *never_better, "trainer.max_epochs=2").run)
+    (folder / "results.json").unlink()
+    again = run.evaluate(folder)
+    assert again is not None
+    assert Path(str(again.checkpoint)) == folder / "checkpoints" / "best.ckpt"
+    (folder / "checkpoints" / "best.ckpt").unlink()
+    again = run.evaluate(folder)
+    assert again is not None
+    assert Path(str(again.checkpoint)) == folder / "checkpoints" / "last.ckpt"
+
+
 def state(folder: Path) -> tuple[int, int]:
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     return checkpoint["epoch"], checkpoint["global_step"]
