@@ -171,7 +171,7 @@ class RobustAccuracy(Monitor):
             tried = AttackedLoader(attacks, self.curve[:1], self.metrics, self.calibration, self.seed, n)
             tried.add(part, torch.arange(n), torch.ones(n, dtype=torch.bool), None if groups is None else groups[:n])
             if trainer.world_size == 1:
-                tried.under.compute(tried.under.state())
+                tried.under.check()
 
     def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._loaders, self._diagnosis = {}, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,9 +80,27 @@ class UnderAttack:
                 values[f"confidence_{condition}"] = reliability.mean_confidence
                 values[f"ece_{condition}"] = reliability.ece
             for name, metric in self._metrics[condition].items():
-                value = metric.compute()
-                if not isinstance(value, Tensor) or value.numel() != 1:
-                    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                    raise ValueError(f"metrics= takes metrics of one number each, but {name!r} computes {got}.")
-                values[f"{name}_{condition}"] = float(value)
+                values[f"{name}_{condition}"] = _one_number(name, metric.compute())
         return values
+
+    def check(self) -> None:
+        """Whether the metrics are of one number each, as far as the samples so far can tell.
+
+        Raises:
+            ValueError: If one is not.
+        """
+        for name, metric in self._metrics[self.conditions[0]].items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    value = metric.compute()
+                except (ArithmeticError, RuntimeError, ValueError):
+                    continue  # there may be too few samples for it yet
+            _one_number(name, value)
+
+
+def _one_number(name: str, value: Any) -> float:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"metrics= takes metrics of one number each, but {name!r} computes {got}.")
+    return float(value)

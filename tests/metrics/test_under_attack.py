@@ -53,6 +53,25 @@ def test_a_metric_of_several_numbers_is_refused_by_name() -> None:
     measured.update("clean", CALL, ALL)
     with pytest.raises(ValueError, match=r"one number each, but 'each' computes \(4,\)"):
         measured.compute(measured.state())
+    with pytest.raises(ValueError, match=r"one number each, but 'each' computes \(4,\)"):
+        measured.check()
+
+
+def test_a_metric_that_needs_more_samples_than_there_are_is_no_error_yet() -> None:
+    class Patient(BinaryAccuracy):
+        def compute(self) -> torch.Tensor:
+            if int(self.tp + self.tn + self.fp + self.fn) < 3:
+                raise ValueError("too few samples")
+            return super().compute()
+
+    measured = UnderAttack(["clean"], {"hits": Patient()}, calibration=False)
+    call = LossCall("binary_cross_entropy_with_logits", torch.ones(4), torch.ones(4))
+    measured.update("clean", call, torch.arange(4) < 2)
+    measured.check()
+    with pytest.raises(ValueError, match="too few samples"):
+        measured.compute(measured.state())
+    measured.update("clean", call, torch.arange(4) > 1)
+    assert measured.compute(measured.state()) == {"hits_clean": 1.0}
 
 
 def test_what_measures_nothing_says_so() -> None:
