@@ -113,7 +113,10 @@ class StandIn(nn.Module):
     def _head(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Class scores, and the targets of the whole batch."""
         search = self.search
-        scores, labels = head_of(search.objective)(search.logits(pixels), search.y)
+        y = search.y
+        if len(pixels) != len(y):  # of some samples, in any order: only scores matter
+            y = y[:1].expand(len(pixels), *y.shape[1:])
+        scores, labels = head_of(search.objective)(search.logits(pixels), y)
         scores = scores.float()
         if scores.ndim == 1 or scores.shape[1:] == (1,):  # one yes/no output
             z = scores.reshape(len(scores))
