@@ -95,7 +95,7 @@ class RobustAccuracy(Monitor):
 
     def __init__(
         self,
-        attacks: OneAttack | list[OneAttack] | dict[str, OneAttack],
+        attacks: list[OneAttack] | OneAttack | dict[str, OneAttack],  # jsonargparse takes the first match
         *,
         max_samples: int = 1000,
         stages: Sequence[str] = ("val", "test"),
