@@ -15,8 +15,8 @@ from lightning_robust.attach.sharded import is_sharded
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.attacks.guard import Guarded, guard
+from lightning_robust.attacks.heads import objective_named
 from lightning_robust.attacks.joint import JointThreat, side_by_side
-from lightning_robust.attacks.objectives import objective_named
 from lightning_robust.attacks.threat import ThreatModel
 from lightning_robust.losses import LossCall
 from lightning_robust.randomness import RandomState, seeded, uniform, untouched_random_state

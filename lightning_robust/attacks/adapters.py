@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.attacks.objectives import head_of
+from lightning_robust.attacks.heads import head_of
 from lightning_robust.attacks.search import Search, searching
 from lightning_robust.attacks.threat import ThreatModel
 from lightning_robust.protocols import LogitsFn
@@ -118,9 +118,6 @@ class StandIn(nn.Module):
             y = y[:1].expand(len(pixels), *y.shape[1:])
         scores, labels = head_of(search.objective)(search.logits(pixels), y)
         scores = scores.float()
-        if scores.ndim == 1 or scores.shape[1:] == (1,):  # one yes/no output
-            z = scores.reshape(len(scores))
-            return torch.stack([-z / 2, z / 2], 1), labels.reshape(-1) > 0.5
         return (scores.flatten(1) if scores[0].numel() == scores.shape[1] else scores), labels
 
 
@@ -159,10 +156,6 @@ class _FromTorchattacks:
     attack: Any
     threat: ThreatModel
     objective: Any = None  # what it says about the head counts; callbacks fill it in
-
-    @property
-    def reach(self) -> float:
-        return self.threat.eps
 
     @property
     def name(self) -> str:
@@ -263,10 +256,6 @@ class _FromFoolbox:
     attack: Any
     threat: ThreatModel
     objective: Any = None
-
-    @property
-    def reach(self) -> float:
-        return self.threat.eps
 
     @property
     def name(self) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_robust.attacks.heads import OnHead, check_objective, head_of
 from lightning_robust.attacks.joint import Threat
-from lightning_robust.attacks.objectives import OnHead, check_objective, head_of, targeted_dlr
+from lightning_robust.attacks.objectives import targeted_dlr
 from lightning_robust.attacks.search import Search, searching, worst_of
 from lightning_robust.attacks.targets import likeliest_wrong
 from lightning_robust.attacks.threat import per_sample
@@ -78,11 +79,6 @@ class APGD:
                 f"targets={self.targets}, objective={self.objective!r}."
             )
         check_objective(self.objective)
-
-    @property
-    def reach(self) -> float:
-        """The largest distance from the clean input, in pixel units."""
-        return self.threat.eps
 
     @property
     def name(self) -> str:

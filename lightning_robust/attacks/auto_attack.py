@@ -84,11 +84,6 @@ class AutoAttack:
                 )
 
     @property
-    def reach(self) -> float:
-        """The largest distance from the clean input, in pixel units."""
-        return self.threat.eps
-
-    @property
     def name(self) -> str:
         """``autoattack-standard_linf_0.2``; ``autoattack-modified_...`` where it is not the protocol of papers."""
         if self.only is not None:

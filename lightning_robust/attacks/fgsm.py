@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_robust.attacks.heads import check_objective
 from lightning_robust.attacks.joint import Threat
-from lightning_robust.attacks.objectives import check_objective
 from lightning_robust.attacks.search import searching
 from lightning_robust.protocols import LogitsFn
 from lightning_robust.randomness import Noise
@@ -57,11 +57,6 @@ class FGSM:
         if self.step is not None and not self.step > 0:
             raise ValueError(f"FGSM(step=) is in multiples of eps and must be positive, got {self.step}.")
         check_objective(self.objective)
-
-    @property
-    def reach(self) -> float:
-        """The largest distance from the clean input, in pixel units."""
-        return self.threat.eps
 
     @property
     def name(self) -> str:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_robust.attacks.fgsm import FGSM
+from lightning_robust.attacks.heads import OnHead
 from lightning_robust.attacks.local import LocalThreat
 from lightning_robust.attacks.noise import UniformNoise
-from lightning_robust.attacks.objectives import OnHead, margin
+from lightning_robust.attacks.objectives import margin
 from lightning_robust.attacks.search import Search, searching
 from lightning_robust.attacks.square import Square
 from lightning_robust.protocols import LogitsFn

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_robust.attacks.heads import check_objective
 from lightning_robust.attacks.joint import Threat
-from lightning_robust.attacks.objectives import check_objective
 from lightning_robust.attacks.search import searching
 from lightning_robust.pixels import clamped
 from lightning_robust.protocols import LogitsFn

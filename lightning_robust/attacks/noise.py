@@ -47,11 +47,6 @@ class UniformNoise:
             raise ValueError(f"UniformNoise(draws=) must be at least 1, got {self.draws}.")
 
     @property
-    def reach(self) -> float:
-        """The largest distance from the clean input, in pixel units."""
-        return self.threat.eps
-
-    @property
     def name(self) -> str:
         """Short name for log keys: ``noise10_linf_0.2``."""
         return f"noise{self.draws}_{self.threat}"

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_robust.attacks.heads import check_objective
 from lightning_robust.attacks.joint import Threat
-from lightning_robust.attacks.objectives import check_objective
 from lightning_robust.attacks.search import Search, searching, worst_of
 from lightning_robust.attacks.targets import Targets, check_targets, towards
 from lightning_robust.protocols import LogitsFn
@@ -112,11 +112,6 @@ class PGD:
                 f"step_size={2.5 * self.threat.eps / self.steps:.4g} (the default) or more steps.",
                 stacklevel=3,
             )
-
-    @property
-    def reach(self) -> float:
-        """The largest distance from the clean input, in pixel units."""
-        return self.threat.eps
 
     @property
     def name(self) -> str:

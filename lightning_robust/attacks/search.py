@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_robust.attacks.heads import margin_of, narrowed, objective_named
 from lightning_robust.attacks.joint import JointThreat
 from lightning_robust.attacks.local import LocalThreat
-from lightning_robust.attacks.objectives import margin_of, narrowed, objective_named
 from lightning_robust.attacks.threat import ThreatModel
 from lightning_robust.modes import gradients
 from lightning_robust.pixels import Box

@@ -70,11 +70,6 @@ class Square:
             )
 
     @property
-    def reach(self) -> float:
-        """The largest distance from the clean input, in pixel units."""
-        return self.threat.eps
-
-    @property
     def name(self) -> str:
         """Short name for log keys: ``square5000_linf_0.2``."""
         return f"square{self.queries}_{self.threat}"

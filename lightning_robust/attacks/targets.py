@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_robust.attacks.objectives import Towards, head_of
+from lightning_robust.attacks.heads import Towards, head_of
 from lightning_robust.attacks.search import Search
 from lightning_robust.randomness import uniform
 

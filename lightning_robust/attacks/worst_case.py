@@ -12,9 +12,9 @@ from torch import Tensor
 from lightning_robust.attacks.apgd import APGD
 from lightning_robust.attacks.fgsm import FGSM
 from lightning_robust.attacks.guard import guard
+from lightning_robust.attacks.heads import narrowed
 from lightning_robust.attacks.n_fgsm import NFGSM
 from lightning_robust.attacks.noise import UniformNoise
-from lightning_robust.attacks.objectives import narrowed
 from lightning_robust.attacks.pgd import PGD
 from lightning_robust.attacks.search import noise_of, searching
 from lightning_robust.attacks.square import Square
@@ -66,8 +66,8 @@ class WorstCase:
     @property
     def reach(self) -> float | None:
         """The largest distance from the clean input, in pixel units."""
-        reaches = [getattr(attack, "reach", None) for attack in self.attacks]
-        return max(reaches) if self.threat is not None and None not in reaches else None  # type: ignore[type-var]  # no None
+        threat = self.threat
+        return None if threat is None else max(getattr(attack, "reach", threat.eps) for attack in self.attacks)
 
     @property
     def name(self) -> str:

@@ -355,9 +355,10 @@ class AdversarialTraining(RobustCallback):
             reading.threat(self.threat).pixels.check(reading.x)
         with torch.no_grad():
             logits = reading.read(reading.x).logits
-        if not bool(logits.isfinite().all()):
+        broken = logits.isnan() | (logits == torch.inf)  # -inf is a class that is switched off
+        if bool(broken.any()):
             raise ValueError(
-                f"{self}: expected finite logits, got {int((~logits.isfinite()).sum())} NaN or infinite values for the "
+                f"{self}: expected finite logits, got {int(broken.sum())} NaN or infinite values for the "
                 "first batch. The weights are not finite, or a layer divides by zero or overflows on clean inputs."
             )
         lines = [

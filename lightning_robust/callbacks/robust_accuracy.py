@@ -152,9 +152,9 @@ class RobustAccuracy(Monitor):
 
     # -- when ----------------------------------------------------------------------------------------------------
 
-    def attach(self, trainer: Any, pl_module: Any) -> None:
-        super().attach(trainer, pl_module)
-        self._checked, self._ids = set(), {}  # another fit may bring other data
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._checked, self._ids = set(), {}  # another run may bring other data
 
     def headlines(self) -> Sequence[str]:
         return ["accuracy", "clean_accuracy", *(f"accuracy_{name}" for name in self.attacks)]
@@ -163,7 +163,7 @@ class RobustAccuracy(Monitor):
         with self._reading(trainer, stage) as reading:
             self._first_batch(trainer, reading, loader)
             # Two samples, shortened attacks: what is wrong with settings shows here.
-            groups = self._codes(self.listener.readable(stage), len(reading.x), loader)
+            groups = self._codes(step, len(reading.x), loader)
             rows = torch.arange(min(2, len(reading.x)), device=reading.x.device)
             part = reading.at(rows) if reading.divisible else reading
             n = len(part.x)

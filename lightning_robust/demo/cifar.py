@@ -168,7 +168,7 @@ class PreActClassifier(Classifier):
         super().__init__(lr, channels=3, size=32, width=1)
         self.save_hyperparameters()
         self.drops = list(drops)
-        self.net = PreActResNet18(width=width)  # type: ignore[assignment]  # in the place of the small one
+        self.net = PreActResNet18(width=width)  # in the place of the small one
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=5e-4)

@@ -49,7 +49,7 @@ class Classifier(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr
-        self.net = SmallCNN(channels, classes, size, width)
+        self.net: nn.Module = SmallCNN(channels, classes, size, width)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.net(x)

@@ -282,7 +282,6 @@ def test_names_tell_the_settings_apart() -> None:
     assert APGD(threat).name == "apgd100_linf_0.2"
     assert APGD(threat, objective="dlr", restarts=5).name == "apgd100x5_dlr_linf_0.2"
     assert APGD(threat, steps=50, targets=9).name == "apgd50_t9_linf_0.2"
-    assert APGD(threat).reach == 0.2
 
 
 # -- as strong as the authors' own ----------------------------------------------------------------------------------

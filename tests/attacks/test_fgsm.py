@@ -141,4 +141,3 @@ def test_impossible_settings_are_refused(arguments: dict[str, Any], message: str
 def test_its_name_holds_the_start_and_the_threat() -> None:
     assert FGSM(ThreatModel("linf", 0.2)).name == "fgsm_linf_0.2"
     assert FGSM(ThreatModel("l2", 0.2), start="uniform").name == "fgsm-rs_l2_0.2"
-    assert FGSM(ThreatModel("l2", 0.2)).reach == 0.2

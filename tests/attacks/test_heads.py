@@ -23,7 +23,16 @@ from lightning_robust.attacks import (
     targeted_dlr,
 )
 from lightning_robust.attacks.guard import guard
-from lightning_robust.attacks.objectives import Towards, sample_margin
+from lightning_robust.attacks.heads import (
+    DivergenceFrom,
+    OnHead,
+    Towards,
+    check_objective,
+    margin_of,
+    narrowed,
+    objective_named,
+)
+from lightning_robust.attacks.objectives import OBJECTIVES, margin, sample_margin
 from lightning_robust.divergence import kl_divergence
 from lightning_robust.penalties.mart import misclassification_aware
 from lightning_robust.pixels import PixelSpace
@@ -187,3 +196,95 @@ def test_values_outside_by_round_off_are_not_moved_into_the_box() -> None:
     x = torch.tensor([[1.00005, 0.5]])
     attack = guard(PGD(ThreatModel("linf", 0.0), steps=1))
     assert torch.equal(attack(nn.Linear(2, 2), x, torch.tensor([0])), x)
+
+
+def test_an_objective_may_bring_its_own_margin() -> None:
+    class OneLogit:
+        def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+            return self.margin(logits, y)
+
+        def margin(self, logits: Tensor, y: Tensor) -> Tensor:
+            return logits * (1 - 2 * y)
+
+    objective = OneLogit()
+    assert margin_of(objective) == objective.margin
+    logits, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    assert torch.equal(margin_of(cross_entropy)(logits, y), margin(logits, y))
+
+
+def test_an_objective_of_class_logits_works_on_another_head() -> None:
+    owner, logits, y = YesNo(), torch.tensor([2.0, -1.0]), torch.tensor([1, 1])
+    found = OnHead(dlr, owner)
+    assert found(logits, y).tolist() == [-2, 1]
+    assert found.margin(logits, y).tolist() == [-2, 1]
+    assert OnHead(cross_entropy, owner)(logits, y).tolist() == pytest.approx(owner(logits, y).tolist())
+    plain, classes = OnHead(dlr), torch.tensor([[5.0, 3.0, 1.0]])
+    assert plain(classes, torch.tensor([0])).tolist() == [-0.5]
+    assert plain.margin(classes, torch.tensor([0])).tolist() == [-2]
+
+
+def test_the_divergence_from_itself_is_zero_and_otherwise_kl() -> None:
+    clean, now, y = torch.randn(5, 4), torch.randn(5, 4), torch.zeros(5, dtype=torch.long)
+    objective = DivergenceFrom(clean.log_softmax(1))
+    torch.testing.assert_close(objective(clean, y), torch.zeros(5), rtol=0, atol=1e-6)
+    expected = (clean.softmax(1) * (clean.log_softmax(1) - now.log_softmax(1))).sum(1)
+    torch.testing.assert_close(objective(now, y), expected)
+    rows = torch.tensor([3, 0])
+    torch.testing.assert_close(objective.at(rows)(now[rows], y[rows]), expected[rows])
+
+
+def test_towards_falls_with_the_loss_of_the_target_and_its_margin_says_when_it_is_reached() -> None:
+    logits, target, y = torch.randn(200, 5), torch.randint(5, (200,)), torch.randint(5, (200,))
+    objective = Towards(target)
+    torch.testing.assert_close(objective(logits, y), -F.cross_entropy(logits, target, reduction="none"))
+    assert torch.equal(objective.margin(logits, y) > 0, logits.argmax(1) == target)
+    rows = torch.tensor([5, 17])
+    torch.testing.assert_close(objective.at(rows)(logits[rows], y[rows]), objective(logits, y)[rows])
+
+
+def test_towards_on_another_head_reaches_the_other_answer() -> None:
+    logits, target = torch.tensor([2.0, -1.0]), torch.tensor([0, 0])
+    objective = Towards(target, YesNo())
+    assert objective.margin(logits, 1 - target).tolist() == [-2, 1]
+    expected = -F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
+    torch.testing.assert_close(objective(logits, 1 - target), expected)
+
+
+def test_rows_of_an_objective_are_passed_down_to_its_parts() -> None:
+    log_p, rows = torch.randn(4, 3).log_softmax(1), torch.tensor([2])
+    part = OnHead(DivergenceFrom(log_p), YesNo()).at(rows)
+    assert torch.equal(part.function.log_p, log_p[rows])
+    assert narrowed(dlr, rows) is dlr
+
+
+def test_a_name_stands_for_a_function_on_the_head_of_the_model() -> None:
+    asked: list[int] = []
+    clean, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+
+    def logits() -> Tensor:
+        asked.append(1)
+        return clean
+
+    own = YesNo()
+    assert torch.equal(objective_named(None, None, logits, y)(clean, y), cross_entropy(clean, y))
+    assert objective_named(None, own, logits, y) is own
+    assert objective_named(own, None, logits, y) is own
+    assert objective_named("dlr", own, logits, y) == OnHead(dlr, own)
+    assert objective_named(margin, own, logits, y) == OnHead(margin, own)
+    assert objective_named(margin, None, logits, y) is margin
+    assert not asked  # the clean prediction costs a forward pass
+    kl = objective_named("kl", None, logits, y)
+    assert asked == [1]
+    assert torch.equal(kl.function.log_p, clean.log_softmax(1))
+    torch.testing.assert_close(kl(clean, y), torch.zeros(3), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", ["ce", "DLR", 3, ["dlr"]])
+def test_an_unknown_objective_is_refused_with_the_known_ones(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"'cross_entropy', 'margin', 'dlr', 'kl' or a callable, got"):
+        check_objective(given)
+
+
+@pytest.mark.parametrize("given", [None, "kl", *OBJECTIVES, margin])
+def test_known_objectives_are_accepted(given: Any) -> None:
+    check_objective(given)

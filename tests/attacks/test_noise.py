@@ -98,6 +98,5 @@ def test_a_generator_a_sample_makes_it_independent_of_the_batch(net: nn.Module, 
 def test_settings_and_names() -> None:
     threat = ThreatModel("linf", 0.2)
     assert UniformNoise(threat).name == "noise10_linf_0.2"
-    assert UniformNoise(threat).reach == 0.2
     with pytest.raises(ValueError, match=r"UniformNoise\(draws=\) must be at least 1, got 0"):
         UniformNoise(threat, draws=0)

@@ -128,7 +128,7 @@ def test_every_attack_keeps_its_promises(case: Case) -> None:
     assert (found.shape, found.dtype, found.requires_grad) == (x.shape, x.dtype, False)
     assert bool(found.isfinite().all())
     assert torch.equal(x, before)
-    inside_the_ball(case, x, found, attack.reach)
+    inside_the_ball(case, x, found, getattr(attack, "reach", attack.threat.eps))
     assert torch.equal(guard(attack)(logits, x, y, generator=case.noise()), found)
 
 

@@ -20,7 +20,7 @@ from lightning_robust.attacks import (
     cross_entropy,
     margin,
 )
-from lightning_robust.attacks.objectives import DivergenceFrom, OnHead
+from lightning_robust.attacks.heads import DivergenceFrom, OnHead
 from lightning_robust.attacks.search import noise_of, searching, worst_of
 from lightning_robust.pixels import PixelSpace
 from lightning_robust.randomness import seeded

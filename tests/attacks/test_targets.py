@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_robust.attacks import PGD, ThreatModel, UniformNoise, guard, margin
+from lightning_robust.attacks import PGD, ThreatModel, UniformNoise, YesNo, guard, margin
 from lightning_robust.attacks.search import searching
 from lightning_robust.attacks.targets import check_targets, likeliest_wrong, towards
 from lightning_robust.randomness import seeded
@@ -158,16 +158,6 @@ def test_dense_outputs_are_led_to_given_maps() -> None:
 
 
 def test_an_objective_with_a_head_of_its_own_chooses_on_that_head() -> None:
-    class YesNo:
-        def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-            return F.binary_cross_entropy_with_logits(logits, y.float(), reduction="none")
-
-        def head(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.stack([torch.zeros_like(logits), logits], 1), y.long()
-
-        def margin(self, logits: Tensor, y: Tensor) -> Tensor:
-            return margin(*self.head(logits, y))
-
     x, y, weight = torch.full((4, 3), 0.5), torch.tensor([0, 1, 1, 0]), torch.tensor([1.0, -2.0, 3.0])
     for targeted in ("random", "runner-up", "least-likely"):
         attack = PGD(THREAT, steps=2, targeted=targeted, objective=YesNo())

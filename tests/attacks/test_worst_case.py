@@ -169,7 +169,7 @@ def test_names_threats_and_reaches() -> None:
     assert WorstCase([CHEAP, STRONG]).threat == THREAT
     assert WorstCase([CHEAP, STRONG]).reach == 0.06
     assert WorstCase([CHEAP, NFGSM(THREAT)]).reach == pytest.approx(0.18)
-    assert WorstCase([CHEAP, Brighten()]).reach is None
+    assert WorstCase([CHEAP, Brighten()]).reach == 0.06  # what an attack does not state is its radius
     other = FGSM(ThreatModel("linf", 0.2))
     assert WorstCase([CHEAP, other]).threat is None
     assert WorstCase([CHEAP, other]).name == "worst_fgsm_linf_0.06_fgsm_linf_0.2"

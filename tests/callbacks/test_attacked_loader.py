@@ -256,6 +256,14 @@ def test_samples_that_change_from_epoch_to_epoch_are_noticed() -> None:
         trainer.fit(Linear(), loader(classes()), shuffled)
 
 
+def test_another_run_brings_other_data_which_are_looked_at_anew() -> None:
+    callback = RobustAccuracy(PGD(LINF, steps=1))
+    for x in (X, X.flip(0)):  # the same number of other samples: no warning, which would be an error here
+        zoo.trainer(callbacks=[callback]).validate(Linear(), loader(classes(), x=x), verbose=False)
+    with pytest.raises(ValueError, match=r"These look like 0\.\.255"):
+        zoo.trainer(callbacks=[callback]).validate(Linear(), loader(classes(), x=X * 255), verbose=False)
+
+
 def test_an_all_silent_model_is_right_nowhere() -> None:
     class Silent(Linear):
         def loss(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -288,6 +296,23 @@ def test_what_cannot_be_attacked_stops_before_the_first_step_also_where_attacks_
     with pytest.raises(ValueError, match="expected pixels within"):
         trainer.fit(Linear(), loader(classes()))
     assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize("method", ["madry", "trades", "mart"])
+def test_a_class_that_is_switched_off_is_no_broken_model(method: str) -> None:
+    class Masked(Linear):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            off = torch.tensor([0.0, 0.0, -torch.inf])
+            return F.cross_entropy(self.net(batch[0]) + off, batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Masked()
+    zoo.trainer(max_steps=2, callbacks=[AdversarialTraining(PGD(LINF, steps=2), method)]).fit(
+        module, loader(classes() % 2)
+    )
+    assert all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
 def test_a_collapse_of_another_fit_is_forgotten() -> None:
