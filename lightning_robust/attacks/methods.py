@@ -13,7 +13,7 @@ from lightning_robust.attacks.n_fgsm import NFGSM
 from lightning_robust.attacks.pgd import PGD
 from lightning_robust.attacks.threat import ThreatModel
 
-__all__ = ["BETA", "FEEDS", "Method", "attack_for", "cost_of", "in_model_units", "method_named", "name_of"]
+__all__ = ["BETA", "FEEDS", "STEP_COST", "Method", "attack_for", "cost_of", "in_model_units", "method_named", "name_of"]
 
 Method = Literal["madry", "trades", "mart", "n-fgsm", "fgsm-rs", "fgsm"]
 

@@ -22,7 +22,16 @@ from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.attach.worst_weights import at_worst_weights, steepest_weights
 from lightning_robust.attacks import FGSM, NFGSM, PGD, JointThreat, ThreatModel
 from lightning_robust.attacks.joint import side_by_side
-from lightning_robust.attacks.methods import BETA, FEEDS, attack_for, cost_of, in_model_units, method_named, name_of
+from lightning_robust.attacks.methods import (
+    BETA,
+    FEEDS,
+    STEP_COST,
+    attack_for,
+    cost_of,
+    in_model_units,
+    method_named,
+    name_of,
+)
 from lightning_robust.callbacks.adversary import Adversary, threat_of
 from lightning_robust.callbacks.overfitting import OverfittingAlarm
 from lightning_robust.callbacks.teacher import Teacher
@@ -59,7 +68,8 @@ class AdversarialTraining(RobustCallback):
     perturbation (``awp``), and distillation from a robust ``teacher``. Metrics that the step itself logs are computed
     on what it was fed.
 
-    At the end of every epoch its last training batch is attacked with PGD-10: ``robust/train/accuracy``, beside
+    At the end of an epoch its last training batch is attacked with PGD-10 (of every epoch, unless epochs are so short
+    that this would cost more than a twentieth of the training): ``robust/train/accuracy``, beside
     ``robust/val/accuracy``, shows robust overfitting. For one-step methods FGSM accuracy is measured as well: where PGD
     accuracy falls below 0.3 of it, the network has learnt to defend against one step alone (catastrophic overfitting),
     and ``overfitting`` decides what happens.
@@ -172,7 +182,9 @@ class AdversarialTraining(RobustCallback):
         self.beta_warmup_epochs, self.awp, self.awp_start_epoch = beta_warmup_epochs, awp, awp_start_epoch
         self.teacher = None if teacher is None else Teacher(teacher, teacher_weight)
         self.adversary = Adversary(self.method, share, warmup_epochs, start_epoch, craft_mode, seed)
-        self.alarm = OverfittingAlarm(overfitting, self.threat, "fgsm" in self.method, seed)
+        self.alarm = OverfittingAlarm(
+            overfitting, self.threat, "fgsm" in self.method, self._step_cost() or STEP_COST, seed
+        )
         self._clean: Step | None = None
         self._checked = False
 
@@ -234,7 +246,7 @@ class AdversarialTraining(RobustCallback):
             leave_weights(pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.alarm.listens and self.adversary.active:
+        if self.adversary.active and self.alarm.due(trainer):
             grown = self.adversary.done >= self.adversary.start_epoch + self.adversary.warmup_epochs
             for metric, value in self.alarm.measure(trainer, self.probe, self, grown).items():
                 pl_module.log(self.key("train", metric), value, sync_dist=trainer.world_size > 1)
@@ -272,7 +284,7 @@ class AdversarialTraining(RobustCallback):
             return
         self._clean = step
         crafted = self.adversary.craft(step, self.probe, self.alarm.remedy or self.attack, self._first_batch)
-        self.alarm.hold(step, len(crafted))
+        self.alarm.hold(self.adversary.trainer, step, len(crafted))
         if self.threat is not None:
             self._count_outside(step, self.threat)
 
@@ -378,10 +390,16 @@ class AdversarialTraining(RobustCallback):
         norms = sum(isinstance(part, _BatchNorm) for part in module.modules())
         seen = 1 + adds + again
         batch_norm = f"BatchNorm sees {seen} forward{'s' if seen > 1 else ''} a step" if norms else ""
+        cost = self._step_cost()
+        steps = "" if cost is None else f"about {cost:.1f} times the cost of a clean step"
+        return ", ".join(filter(None, (steps, batch_norm)))
+
+    def _step_cost(self) -> float | None:
+        """A training step in multiples of a clean one; None where the attack is a foreign one."""
+        adds = self.method in TERMS
         extra = (0.0 if self.awp is None else 1.0 + adds) + (self.teacher is not None) / 3
         cost = cost_of(self.attack, self.adversary.share, adds)
-        steps = "" if cost is None else f"about {cost + extra:.1f} times the cost of a clean step"
-        return ", ".join(filter(None, (steps, batch_norm)))
+        return None if cost is None else cost + extra
 
     def _count_outside(self, step: Step, threat: ThreatModel | JointThreat) -> None:
         inputs = self.probe.routes[step.name].inputs

@@ -18,6 +18,12 @@ from lightning_robust import PGD, AdversarialTraining
 from lightning_robust.randomness import seeded
 
 
+@pytest.fixture(autouse=True)
+def every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of epochs that are shorter than those the alarm is worth its cost in."""
+    monkeypatch.setattr("lightning_robust.callbacks.overfitting.SHARE", 1e9)
+
+
 def data(n: int = 256, batch_size: int = 32) -> DataLoader[Any]:
     """Noise over a pattern for each class, so that something can be learnt in a few steps."""
     x, y = 0.2 * zoo.images(n) + 0.8 * zoo.images(10, seed=1)[zoo.labels(n)], zoo.labels(n)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,12 @@ from lightning_robust import PGD, AdversarialTraining, RobustAccuracy, ThreatMod
 from lightning_robust.callbacks.adversary import Adversary
 from lightning_robust.callbacks.held_batch import HeldBatch
 from lightning_robust.callbacks.overfitting import CATASTROPHIC
+
+
+@pytest.fixture(autouse=True)
+def every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of epochs that are shorter than those the alarm is worth its cost in."""
+    monkeypatch.setattr("lightning_robust.callbacks.overfitting.SHARE", 1e9)
 
 
 @pytest.fixture
@@ -180,3 +187,37 @@ def test_fgsm_collapses_where_pgd_does_not_with_every_seed(seed: int) -> None:
     assert (len(fallen[1]), len(sound[1]), len(back[1])) == (1, 0, 1)
     assert fallen[2] < sound[2] - 0.1
     assert back[2] > fallen[2] + 0.1
+
+
+# -- what it costs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "every"), [("madry", 18), ("n-fgsm", 96), ("trades", 16)])
+def test_it_costs_about_a_twentieth_of_the_training_however_short_epochs_are(
+    monkeypatch: pytest.MonkeyPatch, method: str, every: int
+) -> None:
+    monkeypatch.undo()
+    alarm = AdversarialTraining(THREAT, method).alarm
+    assert alarm.every == every
+    for batches in (5, 31, 390):
+        epochs = 2000 // batches
+        trainer = SimpleNamespace(num_training_batches=batches, max_epochs=epochs, max_steps=-1)
+        due = []
+        for epoch in range(epochs):
+            trainer.current_epoch = epoch
+            due.append(alarm.due(trainer))
+        assert due[-1]
+        assert all(due) == (batches >= every)
+        assert sum(due) <= epochs * batches / every + 1
+        if batches < every:
+            assert sum(due) >= epochs * batches // every  # never rarer than it may be
+
+
+def test_where_the_end_or_the_length_is_not_known_every_epoch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    alarm = AdversarialTraining(THREAT, "n-fgsm").alarm
+    stream = SimpleNamespace(num_training_batches=float("inf"), max_epochs=10, max_steps=-1, current_epoch=0)
+    steps = SimpleNamespace(num_training_batches=5, max_epochs=-1, max_steps=7, current_epoch=0)
+    assert alarm.due(stream)
+    assert alarm.due(steps)
+    assert not AdversarialTraining(THREAT, "n-fgsm", overfitting="ignore").alarm.due(stream)
