@@ -8,7 +8,7 @@ CONSTRAINTS := constraints.txt
 PIN := $(VENV)/constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PIN)
 # Peers that tests compare with; their pins conflict with everybody's, so they come without dependencies.
-PEERS := torchattacks foolbox eagerpy GitPython gitdb smmap requests urllib3 idna certifi charset-normalizer scipy
+PEERS := torchattacks foolbox eagerpy GitPython gitdb smmap requests urllib3 idna certifi charset-normalizer scipy scikit-image lazy_loader
 BENCH_PEERS := adversarial-robustness-toolbox six
 
 .PHONY: setup demo tests test test-lowest test-slow bench lint clean

@@ -28,14 +28,23 @@ if TYPE_CHECKING:
         AdversarialTraining,
         CalibrationMonitor,
         OODMonitor,
+        RandomFill,
         RobustAccuracy,
         SaliencyRegularization,
         SaliencySnapshots,
+        ShortcutFinder,
         TemperatureScaling,
     )
     from lightning_robust.mixins import CalibratedMixin, RobustTrainingMixin
     from lightning_robust.modes import frozen
-    from lightning_robust.penalties import InputGradientPenalty, RightReasons
+    from lightning_robust.penalties import (
+        AttributionPrior,
+        InputGradientPenalty,
+        JacobianPenalty,
+        RightReasons,
+        SaliencyConsistency,
+        SaliencyGuided,
+    )
     from lightning_robust.pixels import PixelSpace
 
 __all__ = [
@@ -44,17 +53,23 @@ __all__ = [
     "NFGSM",
     "PGD",
     "AdversarialTraining",
+    "AttributionPrior",
     "AutoAttack",
     "CalibratedMixin",
     "CalibrationMonitor",
     "InputGradientPenalty",
+    "JacobianPenalty",
     "OODMonitor",
     "PixelSpace",
+    "RandomFill",
     "RightReasons",
     "RobustAccuracy",
     "RobustTrainingMixin",
+    "SaliencyConsistency",
+    "SaliencyGuided",
     "SaliencyRegularization",
     "SaliencySnapshots",
+    "ShortcutFinder",
     "Square",
     "TemperatureScaling",
     "ThreatModel",
@@ -93,6 +108,12 @@ _HOME = {
     "frozen": "modes",
     "load_temperature": "attach.scaling",
     "read_entry": "attach.checkpoint",
+    "AttributionPrior": "penalties",
+    "JacobianPenalty": "penalties",
+    "SaliencyConsistency": "penalties",
+    "SaliencyGuided": "penalties",
+    "RandomFill": "callbacks",
+    "ShortcutFinder": "callbacks",
 }
 
 

@@ -14,7 +14,7 @@ from lightning_robust.attach.seam import perturbed, robust_loss
 from lightning_robust.attach.specs import built, plain
 from lightning_robust.attacks import NFGSM, PGD, JointThreat, ThreatModel
 from lightning_robust.callbacks import AdversarialTraining, SaliencyRegularization, TemperatureScaling
-from lightning_robust.penalties import InputGradientPenalty, RightReasons
+from lightning_robust.penalties import PENALTIES
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule as _Module
@@ -121,7 +121,7 @@ def _callback(defence: Any) -> Any:
         defence = built(defence)
     if isinstance(defence, (PGD, NFGSM, ThreatModel, JointThreat)):
         return AdversarialTraining(defence, "n-fgsm" if isinstance(defence, NFGSM) else "madry")
-    if isinstance(defence, (InputGradientPenalty, RightReasons)):
+    if isinstance(defence, PENALTIES):
         return SaliencyRegularization(defence)
     return defence
 

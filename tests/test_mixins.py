@@ -25,7 +25,6 @@ from lightning_robust import (
     CalibrationMonitor,
     InputGradientPenalty,
     OODMonitor,
-    RightReasons,
     RobustAccuracy,
     RobustTrainingMixin,
     SaliencyRegularization,
@@ -35,6 +34,7 @@ from lightning_robust import (
     calibrated,
     load_temperature,
 )
+from lightning_robust.penalties import PENALTIES
 
 THREAT = ThreatModel("linf", 0.1)
 ATTACK = PGD(THREAT, steps=2)
@@ -211,8 +211,7 @@ def test_bare_attacks_threats_and_penalties_stand_for_their_callbacks() -> None:
         (THREAT, AdversarialTraining(THREAT)),
         (ATTACK, AdversarialTraining(ATTACK)),
         (NFGSM(THREAT), AdversarialTraining(THREAT, "n-fgsm")),
-        (InputGradientPenalty(), SaliencyRegularization(InputGradientPenalty())),
-        (RightReasons(2), SaliencyRegularization(RightReasons(2))),
+        *((kind(), SaliencyRegularization(kind())) for kind in PENALTIES),
     ]
     for bare, meant in cases:
         (callback,) = defended(zoo.ListBatch, lambda bare=bare: [bare])().configure_callbacks()

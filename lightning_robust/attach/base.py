@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -29,7 +30,7 @@ else:
         _bases += (_LightningCallback,)
     _Callback = type("_Callback", _bases, {})
 
-__all__ = ["RobustCallback", "log", "sections", "show_image", "show_text"]
+__all__ = ["RobustCallback", "log", "sections", "show_image", "show_or_save", "show_text"]
 
 log = logging.getLogger("lightning_robust")
 
@@ -196,6 +197,24 @@ def show_image(trainer: Any, tag: str, picture: Tensor) -> None:
         for logger in trainer.loggers:
             if hasattr(getattr(logger, "experiment", None), "add_image"):
                 logger.experiment.add_image(tag, picture, trainer.global_step)
+
+
+def show_or_save(trainer: Any, tag: str, picture: Tensor) -> None:
+    """A picture into every logger that takes pictures; where there is none, as a PNG file in the run's folder.
+
+    The file is named after the tag, and the next picture of that tag takes its place.
+    """
+    if not trainer.is_global_zero:
+        return
+    if any(hasattr(getattr(logger, "experiment", None), "add_image") for logger in trainer.loggers):
+        show_image(trainer, tag, picture)
+        return
+    from PIL import Image  # comes with TensorBoard; needed for pictures alone
+
+    folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
+    path = Path(next(filter(None, folders), trainer.default_root_dir), *tag.split("/")).with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
 
 
 def sections(trainer: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.attach.batches import copied, get, rebuilt, resized, selected
+from lightning_robust.attach.compiled import is_compiled
 from lightning_robust.attach.route import Route
 from lightning_robust.attach.sharded import is_sharded
 from lightning_robust.attach.step import Step
@@ -223,7 +224,7 @@ class Reading:
     def _falls_apart(self) -> bool:
         # A compiled network would be compiled anew for each number of samples; of a sharded one all processes run the
         # same number of forwards.
-        if is_sharded(self.module) or any(hasattr(part, "_orig_mod") for part in self.module.modules()):
+        if is_sharded(self.module) or is_compiled(self.module):
             return False
         before, n = self.call, len(self.x)
         # Two parts drawn at random: pairs must not stay together, nor all samples with the one that they refer to.

@@ -1,7 +1,8 @@
 """The seam: the only file that touches a ``training_step``.
 
 A step is *fed* (another batch), *added to* (penalties) or *run under* (other weights); never replaced. All callbacks
-share one dispatcher per module, so that their order means nothing: feed, enter, run the user's own step, add, leave.
+share one dispatcher per module, so that their order means nothing: feed (who changes the data, then the adversary),
+enter, run the user's own step, add, leave.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lightning_robust.attach.running import Add, Before, Feed, Handle, Running, 
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import is_unheard
 
-__all__ = ["Handle", "install", "leave_weights", "perturbed", "robust_loss"]
+__all__ = ["Handle", "clean_batch", "install", "leave_weights", "perturbed", "robust_loss"]
 
 _SEAM = "_lightning_robust_seam"
 
@@ -46,7 +47,7 @@ def install(
     under: Under | None = None,
     track: Track | None = None,
     loss_index: int = 0,
-    adversary: bool = False,
+    adversary: bool | None = None,
     at: str = "fed",
     by_hand: bool = False,
     watched: bool = True,
@@ -66,10 +67,11 @@ def install(
         track: ``(step) -> inputs``: the input that ``add`` differentiates by. It then finds its leaf, part of the graph
             of the loss call, in ``step.tracked``.
         loss_index: Which loss call of the step ``add`` is about.
-        adversary: Whether ``before`` crafts; who feeds always does. A step has one adversary.
+        adversary: Whether it attacks. By default who feeds does; with False, ``feed`` changes the data itself (fills in
+            what a mask marks): it comes first, and what it returns is the clean batch. A step has one adversary.
         watched: Whether ``add`` is about a loss call that can be seen. Under manual optimisation it is added in the
             first ``manual_backward`` behind that call; else in the first of the step.
-        at: ``"fed"``, or ``"clean"`` where ``add`` is about the batch before it was fed (it is then given no loss
+        at: ``"fed"``, or ``"clean"`` where ``add`` is about the batch before it was attacked (it is then given no loss
             call).
         by_hand: The step itself asks for the batch that it is fed (:func:`perturbed`) and for what is added
             (:func:`robust_loss`).
@@ -81,7 +83,8 @@ def install(
         RuntimeError: If two callbacks attack the step.
     """
     seam: _Seam = vars(module).get(_SEAM) or _Seam()
-    if adversary or feed is not None:
+    adversary = feed is not None if adversary is None else adversary
+    if adversary:
         for other in seam.handles:
             if other.adversary:
                 raise RuntimeError(
@@ -99,7 +102,7 @@ def install(
         under,
         track,
         loss_index,
-        adversary or feed is not None,
+        adversary,
         at=at,
         by_hand=by_hand,
         watched=watched,
@@ -140,6 +143,18 @@ def robust_loss(module: nn.Module, loss: Tensor) -> Tensor:
     return loss + seam.running.added([handle for handle in seam.running.adding if handle.by_hand])
 
 
+def clean_batch(module: nn.Module, batch: Any) -> Any:
+    """The batch of the running training step before it was attacked; None where ``batch`` is that one.
+
+    For who adds to the loss of the step, and is given the attacked batch.
+    """
+    seam: _Seam | None = vars(module).get(_SEAM)
+    if seam is None or seam.running is None:
+        return None
+    clean = seam.running.clean.batch if seam.running.asked is None else seam.running.asked
+    return None if clean is batch else clean
+
+
 def _dispatch(self: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     seam: _Seam = vars(self)[_SEAM]
     if not _in_training(self):
@@ -147,9 +162,11 @@ def _dispatch(self: nn.Module, original: Callable[..., Any], *args: Any, **kwarg
     args = inspect.signature(original).bind(*args, **kwargs).args if kwargs else args
     handles = list(seam.handles)
     clean = fed = Step(self, "training_step", original, args)
-    for handle in handles:
+    # What is attacked are the data as they are trained on: first who changes those, in an order of their own.
+    for handle in sorted(handles, key=lambda handle: (handle.adversary, handle.owner)):
         if handle.feed is not None and not handle.by_hand:
             fed = fed.with_batch(handle.feed(fed))
+            clean = clean if handle.adversary else fed
     seam.weights.close()
     try:
         for handle in handles:
@@ -179,9 +196,15 @@ def _run_and_add(seam: _Seam, clean: Step, fed: Step, handles: list[Handle]) -> 
     if not any(handle.add is not None or handle.by_hand for handle in handles):
         return fed.run()
     running = seam.running = Running(clean, fed, handles)
+    try:
+        return _with_terms(running, fed)
+    finally:
+        seam.running = None
+
+
+def _with_terms(running: Running, fed: Step) -> Any:
     automatic = getattr(fed.module, "automatic_optimization", True)
     with ExitStack() as ended:
-        ended.callback(setattr, seam, "running", None)
         if running.pending and not automatic:
             ended.callback(patch(fed.module, "manual_backward", running.backward))
         output = running.run()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
-from lightning_robust.attach.batches import Key, Path, described, get, leaves, one_input, rebuilt, resized
+from lightning_robust.attach.batches import Key, Path, get, leaves, one_input, rebuilt, resized
+from lightning_robust.attach.foreign import foreign_input, foreign_loader, through_hooks
 from lightning_robust.attach.listener import Heard, step_context
-from lightning_robust.attach.loaders import own_batches, size_of, transferred, true_length
+from lightning_robust.attach.loaders import own_batches, true_length
 from lightning_robust.attach.monitor import Monitor
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.sharded import takes_part
@@ -227,17 +228,18 @@ class OODMonitor(Monitor):
         """What the step says of the batches of a set, the number of each sample, and whether it counts."""
         route = self.probe.route(step, listening=True)
         like = get(step.batch, route.input)
-        loader = self._loader(self.sets[name], len(like))
+        loader = foreign_loader(self.sets[name], len(like), self.max_samples, self.seed)
         length = true_length(loader, trainer.world_size)
         for batch, index in own_batches(trainer, loader, limit):
-            moved = self._through_hooks(trainer, step, batch, like)
+            moved = through_hooks(trainer, step, batch, like, route.input)
             if moved is not None and not like.is_floating_point():
                 # Texts are no texts without their own masks; only what they are labelled with is not asked for.
                 targets = _targets(step, route.target, len(like), len(index))
                 with self.probe.reading(step.with_batch(rebuilt(moved, targets)), listening=True) as reading:
                     call = reading.read(reading.x)
             else:
-                foreign = self._input(batch, None if moved is None else get(moved, route.input), like, name)
+                found = None if moved is None else get(moved, route.input)
+                foreign = foreign_input(batch, found, like, f"OOD set {name!r}")
                 with self.probe.reading(step, listening=True) as reading:
                     call = reading.read(foreign)
             yield call, index, index < length
@@ -254,47 +256,6 @@ class OODMonitor(Monitor):
         self.probe.routes[step.name] = replace(
             route, input=self.probe.input_paths[0] if self.probe.input_paths else largest
         )
-
-    def _loader(self, source: Any, batch_size: int) -> Iterable[Any]:
-        if isinstance(source, IterableDataset):
-            return DataLoader(source, batch_size)
-        if not isinstance(source, Dataset):
-            return source  # type: ignore[no-any-return]  # a loader, or any iterable of batches
-        length = len(source)  # type: ignore[arg-type]  # a map-style data set
-        order = torch.randperm(length, generator=seeded(self.seed)).tolist()  # data sets are often sorted by class
-        return DataLoader(Subset(source, sorted(order[: self.max_samples])), batch_size)
-
-    def _input(self, batch: Any, found: Any, like: Tensor, name: str) -> Tensor:
-        if found is None:
-            fits = [
-                leaf
-                for _, leaf in leaves(batch)
-                if isinstance(leaf, Tensor)
-                and leaf.is_floating_point() == like.is_floating_point()
-                and leaf.shape[1:] == like.shape[1:]
-            ]
-            found = fits[0] if len(fits) == 1 else None
-        if not isinstance(found, Tensor) or found.shape[1:] != like.shape[1:]:
-            raise ValueError(
-                f"OOD set {name!r}: expected inputs like those of the evaluation data, (N, "
-                f"{', '.join(map(str, like.shape[1:]))}), got a batch with {described(batch)}."
-            )
-        return found.to(like.device, like.dtype)
-
-    def _through_hooks(self, trainer: Any, step: Step, batch: Any, like: Tensor) -> Any:
-        """A batch made as the evaluation loader makes them, as the step gets it; None if it is of another make."""
-        # Hooks may turn what a loader makes into something else: either side of them tells.
-        alike = _make(batch) == _make(step.batch)
-        try:
-            moved = transferred(trainer, step.module, batch)
-        except Exception:  # a hook may fail in any way on what it was not written for
-            if alike:
-                raise
-            return None
-        if _make(moved) != _make(step.batch):
-            return None
-        found = get(moved, self.probe.route(step, listening=True).input)
-        return moved if alike or (len(found) == size_of(batch) and found.shape[1:] == like.shape[1:]) else None
 
     def _add(self, table: ScoreTable, call: LossCall, index: Tensor, keep: Tensor) -> None:
         logits = call.class_logits()
@@ -334,11 +295,6 @@ class OODMonitor(Monitor):
 def _targets(step: Step, path: Path | None, n: int, wanted: int) -> Mapping[Path, Any]:
     """The targets of the step's own batch, for another number of samples."""
     return {} if path is None else {path: get(resized(step.batch, n, wanted), path)}
-
-
-def _make(batch: Any) -> set[Path]:
-    """Where a batch has tensors; names and ids come one a sample and say nothing about its make."""
-    return {path for path, leaf in leaves(batch) if isinstance(leaf, Tensor)}
 
 
 def _histograms(inside: Tensor, outside: Tensor) -> dict[str, Any]:

@@ -6,22 +6,43 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from lightning_robust.attach.base import RobustCallback
 from lightning_robust.attach.batches import InputKey, Key, Path, as_path, get
+from lightning_robust.attach.compiled import is_compiled
 from lightning_robust.attach.inputs import Inputs
 from lightning_robust.attach.probe import Probe
-from lightning_robust.attach.seam import install
+from lightning_robust.attach.schedule import Weight, WeightGiven, epochs_done, warm
+from lightning_robust.attach.seam import clean_batch, install
 from lightning_robust.attach.step import Step
+from lightning_robust.callbacks.adversary import threat_of
 from lightning_robust.losses import LossCall
-from lightning_robust.penalties import InputGradientPenalty, RightReasons
-from lightning_robust.penalties.preflight import preflight
-from lightning_robust.randomness import RandomState
+from lightning_robust.penalties import (
+    AttributionPrior,
+    InputGradientPenalty,
+    JacobianPenalty,
+    RightReasons,
+    SaliencyConsistency,
+    SaliencyGuided,
+)
+from lightning_robust.penalties.preflight import preflight, way_around
+from lightning_robust.randomness import RandomState, seeded
 
 __all__ = ["SaliencyRegularization"]
 
-OFFERED = ("call", "logits", "reuse", "mask")  # to a penalty, by keyword
+OFFERED = ("call", "logits", "reuse", "mask", "generator", "clean", "attacked")  # to a penalty, by keyword
+
+Penalty = (
+    InputGradientPenalty
+    | RightReasons
+    | JacobianPenalty
+    | SaliencyGuided
+    | AttributionPrior
+    | SaliencyConsistency
+    | Callable[..., Any]
+)
 
 
 class SaliencyRegularization(RobustCallback):
@@ -32,6 +53,10 @@ class SaliencyRegularization(RobustCallback):
     =========================  =============================================================  ====================
     ``InputGradientPenalty``   how fast the loss changes with the input                       1, or 0 (see method)
     ``RightReasons``           what a mask in the batch says must not matter                  1, or 0
+    ``JacobianPenalty``        how fast any output changes with the input                     1 a projection, or 0
+    ``SaliencyGuided``         a prediction that rests on what is not salient                 1
+    ``AttributionPrior``       explanations that are not smooth, or not sparse                1 a sample
+    ``SaliencyConsistency``    explanations that change under attack                          1, and its own attack
     =========================  =============================================================  ====================
 
     The penalty reads the step's own forward: the loss that the step calls (class weights, label smoothing, in-step
@@ -41,11 +66,18 @@ class SaliencyRegularization(RobustCallback):
 
     Args:
         penalty: A penalty of :mod:`lightning_robust.penalties`, or a function ``(logits_fn, x, y) -> scalar``; it is
-            given ``call``, ``logits``, ``reuse`` and ``mask`` too, as far as it takes such keywords.
-        weight: What it is multiplied by. It does not depend on the batch size.
+            given ``call``, ``logits``, ``reuse``, ``mask``, ``generator`` (seeded), ``clean`` (the input before it was
+            attacked; None if it was not) and, if it has an ``attack`` of its own, ``attacked`` too, as far as it takes
+            such keywords.
+        weight: What it is multiplied by. It does not depend on the batch size. ``{0: 0.0, 5: 0.1}``: by epochs done, in
+            straight lines, in each step a little. ``"auto"``: measured in the first step, so that the weighted penalty
+            is as large there as the loss; the same on all processes, and kept in checkpoints. Where the penalty is 0 in
+            that step, it is measured in the first one in which it is not. Not for SaliencyGuided and
+            SaliencyConsistency, which are next to 0 before training.
         at: ``"fed"``: at the batch that the step gets. ``"clean"``: at the batch as it was (one more forward where an
             attack feeds the step).
-        warmup_epochs: The weight grows linearly from 0 over so many epochs, in each step a little.
+        warmup_epochs: The weight, whatever it is, grows linearly from 0 over so many epochs, in each step a little.
+        seed: Of the penalty's random numbers, if it draws any; they are a function of (seed, rank, step, batch).
         input_key: Where in the batch the input is, if it cannot be told; a list for several inputs.
         target_key: Where the target is, if the loss cannot be read.
         logits_fn: ``(module, batch) -> logits`` for hand-written losses; needs ``target_key``.
@@ -66,16 +98,19 @@ class SaliencyRegularization(RobustCallback):
 
     References:
         Ross and Doshi-Velez, 2018, https://arxiv.org/abs/1711.09404. Finlay and Oberman, 2019,
-        https://arxiv.org/abs/1905.11468. Ross et al., 2017, https://arxiv.org/abs/1703.03717.
+        https://arxiv.org/abs/1905.11468. Ross et al., 2017, https://arxiv.org/abs/1703.03717 (also for ``"auto"``).
+        Hoffman et al., 2019, https://arxiv.org/abs/1908.02729. Ismail et al., 2021, https://arxiv.org/abs/2111.14338.
+        Erion et al., 2021, https://arxiv.org/abs/1906.10670. Wang and Kong, 2022, https://arxiv.org/abs/2205.07279.
     """
 
     def __init__(
         self,
-        penalty: InputGradientPenalty | RightReasons | Callable[..., Any],
-        weight: float = 0.1,
+        penalty: Penalty,
+        weight: WeightGiven = 0.1,
         *,
         at: str = "fed",
         warmup_epochs: float = 0.0,
+        seed: int = 0,
         input_key: InputKey | None = None,
         target_key: Key | None = None,
         logits_fn: Callable[..., Any] | None = None,
@@ -87,16 +122,22 @@ class SaliencyRegularization(RobustCallback):
         if str(getattr(owner, "__module__", "")).split(".")[0] == "captum":
             raise TypeError(
                 f"{getattr(owner, '__name__', type(owner).__name__)} of captum is not differentiable with respect to "
-                "parameters: as a penalty it trains nothing. Use InputGradientPenalty or RightReasons, or write one "
-                "with torch.autograd.grad(..., create_graph=True)."
+                "parameters: as a penalty it trains nothing. Use InputGradientPenalty or another one of "
+                "lightning_robust.penalties, or write one with torch.autograd.grad(..., create_graph=True)."
             )
         if not callable(penalty) or isinstance(penalty, type):
             raise TypeError(f"penalty= must be a callable (logits_fn, x, y) -> scalar, got {penalty!r}.")
-        if weight < 0 or warmup_epochs < 0:
-            raise ValueError(f"weight= and warmup_epochs= must not be negative, got {weight} and {warmup_epochs}.")
+        self.weight = Weight(weight, type(self).__name__)
+        if weight == "auto" and getattr(penalty, "starts_at_zero", False):
+            raise ValueError(
+                f"weight='auto' is measured in the first step, where {type(penalty).__name__} is next to 0: weights of "
+                "thousands would follow. Its scale does not depend on the model; give a number, 1 to begin with."
+            )
+        if warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs= must not be negative, got {warmup_epochs}.")
         if at not in ("fed", "clean"):
             raise ValueError(f"at= must be 'fed' or 'clean', got {at!r}.")
-        self.penalty, self.weight, self.at, self.warmup_epochs = penalty, float(weight), at, warmup_epochs
+        self.penalty, self.at, self.warmup_epochs, self.seed = penalty, at, warmup_epochs, seed
         named = getattr(penalty, "name", None) or getattr(penalty, "__name__", type(penalty).__name__)
         self.penalty_name = str(named).strip("<>")  # of a lambda
         self._takes = _keywords(penalty)
@@ -106,6 +147,7 @@ class SaliencyRegularization(RobustCallback):
         self._batch_idx = 0
         self._checked = False
         self._reuse = True
+        self._waits = False  # a weight that could not be measured yet was said to be so
 
     @property
     def state_key(self) -> str:
@@ -117,7 +159,7 @@ class SaliencyRegularization(RobustCallback):
     def settings(self) -> Mapping[str, Any]:
         return {
             "penalty": self.penalty,
-            "weight": self.weight,
+            "weight": self.weight.given,
             "at": self.at,
             "warmup_epochs": self.warmup_epochs,
         }
@@ -127,20 +169,34 @@ class SaliencyRegularization(RobustCallback):
 
     # -- when ----------------------------------------------------------------------------------------------------
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.global_step == 0:  # a checkpoint is read after this
+            self.weight.forget()
+
+    def section(self) -> Mapping[str, Any]:
+        measured = self.weight.measured
+        return {} if measured is None else {"penalty_weights": {self.key("train", self.penalty_name): measured}}
+
+    def restore(self, entry: Mapping[str, Any]) -> None:
+        if self.weight.open:
+            self.weight.measured = entry.get("penalty_weights", {}).get(self.key("train", self.penalty_name))
+
     def attach(self, trainer: Any, pl_module: Any) -> None:
-        self._trainer, self._checked = trainer, False
+        self._trainer, self._checked, self._waits = trainer, False, False
         # A compiled network keeps no graph for a second backward pass; the direction then costs a forward of its own.
-        self._reuse = not _is_compiled(pl_module)
+        self._reuse = not is_compiled(pl_module)
         if not self._reuse and getattr(self.penalty, "method", None) == "double_backward":
             raise RuntimeError(
-                f"{self}: a compiled network has no second derivative. Use method='finite_differences', or leave the "
+                f"{self}: a compiled network has no second derivative. Use {way_around(self.penalty)}, or leave the "
                 "network uncompiled."
             )
         handle = install(
             pl_module,
             str(self),
             add=self._add,
-            track=self._input if self._reuse and self.probe.logits_fn is None else None,
+            # Who does not take the logits does not differentiate them by the input: nobody pays for its gradient.
+            track=self._input if self._reuse and "logits" in self._takes and self.probe.logits_fn is None else None,
             watched=self.probe.logits_fn is None,
             loss_index=self.probe.loss_index,
             at=self.at,
@@ -163,18 +219,23 @@ class SaliencyRegularization(RobustCallback):
     def _add(self, step: Step, call: LossCall | None, state: RandomState) -> Mapping[str, Tensor]:
         if not self._checked:
             self._first_batch(step, state)
-        weight = self.weight * self._warm()
-        value = weight * self._value(step, call, state)
+        value = self._value(step, call, state)
+        if self.weight.open:
+            self._measure(step, call, state, value)
+        done = epochs_done(self._trainer, self._batch_idx)
+        weight = self.weight.at(done) * warm(done, self.warmup_epochs)
+        value = weight * value
         rows = len(self._input(step).of(step.batch))
         for metric, logged in {self.penalty_name: value.detach(), f"{self.penalty_name}_weight": weight}.items():
             step.module.log(self.key("train", metric), logged, on_step=False, on_epoch=True, batch_size=rows)  # type: ignore[operator]  # a LightningModule
         return {self.penalty_name: value}
 
     def _value(self, step: Step, call: LossCall | None, state: RandomState) -> Tensor:
+        more = self._offered(step)
         # As the step is: train mode, dropout masks and mixup replayed; running statistics stay with the step's own.
         with self.probe.reading(step, training=None, state=state) as reading:
             leaf = step.tracked.get(self._input(step))
-            own = call if leaf is not None or not self._reuse else None
+            own = call if leaf is not None or not self._reuse or "logits" not in self._takes else None
 
             def loss_of(logits: Tensor) -> LossCall:
                 seen = own or reading.call
@@ -182,9 +243,7 @@ class SaliencyRegularization(RobustCallback):
                     raise RuntimeError(f"{self}: the penalty asked for the loss before it computed any logits.")
                 return seen.again(logits)
 
-            offered: dict[str, Any] = {"call": loss_of, "logits": own and own.logits, "reuse": self._reuse}
-            if self._mask_path is not None:
-                offered["mask"] = get(step.batch, self._mask_path)
+            offered = {"call": loss_of, "logits": own and own.logits, "reuse": self._reuse, **more}
             value: Tensor = self.penalty(
                 reading.logits,
                 reading.x if own is None or leaf is None else leaf,
@@ -193,21 +252,48 @@ class SaliencyRegularization(RobustCallback):
             )
         return value
 
-    def _warm(self) -> float:
-        if not self.warmup_epochs:
-            return 1.0
-        batches = self._trainer.num_training_batches
-        part = 0.0 if batches == float("inf") else (self._batch_idx + 1) / batches
-        return float(min(1.0, (self._trainer.current_epoch + part) / self.warmup_epochs))
+    def _offered(self, step: Step) -> dict[str, Any]:
+        """What a penalty may need beside the forward of the step."""
+        offered: dict[str, Any] = {"generator": self._generator()} if "generator" in self._takes else {}
+        if self._mask_path is not None:
+            offered["mask"] = get(step.batch, self._mask_path)
+        if "clean" in self._takes:
+            clean = clean_batch(step.module, step.batch)
+            offered["clean"] = None if clean is None else self._input(step).of(clean)
+        attack = getattr(self.penalty, "attack", None)
+        if "attacked" in self._takes and attack is not None and offered.get("clean") is None:
+            with self.probe.reading(step) as reading:
+                fitted = reading.fitted(attack, lambda threat: threat.widened())
+                noise = self._generator(1)
+                offered["attacked"] = reading.guarded(fitted)(reading.logits, reading.x, reading.y, generator=noise)
+        return offered
+
+    def _generator(self, *more: int) -> torch.Generator:
+        return seeded(self.seed, self._trainer.global_rank, self._trainer.global_step, self._batch_idx, *more)
+
+    def _measure(self, step: Step, call: LossCall | None, state: RandomState, term: Tensor) -> None:
+        """Set a weight that makes the penalty as large as the loss that it stands beside."""
+        if call is None:  # the step's own loss was another one, or could not be seen
+            with torch.no_grad(), self.probe.reading(step, training=None, state=state) as reading:
+                call = reading.read(reading.x)
+        found = self.weight.measure(self._trainer, call.mean(), term)
+        if not (self.weight.open and self._waits):
+            self.say(self._trainer, f"{self}: {found}.")
+        self._waits = self.weight.open
 
     def _first_batch(self, step: Step, state: RandomState) -> None:
         self._checked = True
+        threat = threat_of(getattr(self.penalty, "attack", None))
         # A forward of its own, whose graph may be used up.
         bare = Step(step.module, step.name, step.function, step.args)
-        preflight(lambda: self._value(bare, None, state), step.module.parameters(), str(self))
         with self.probe.reading(step) as reading:
+            if threat is not None:
+                reading.threat(threat).pixels.check(reading.x)
             found = reading.found
-        self.say(self._trainer, f"{self}: {self.penalty}, weight {self.weight:g} at the {self.at} batch; {found}.")
+        parameters = step.module.parameters()
+        preflight(lambda: self._value(bare, None, state), parameters, str(self), way_around(self.penalty))
+        weight = self.weight.given if isinstance(self.weight.given, (str, dict)) else f"{self.weight.given:g}"
+        self.say(self._trainer, f"{self}: {self.penalty}, weight {weight} at the {self.at} batch; {found}.")
 
 
 def _keywords(penalty: Callable[..., Any]) -> frozenset[str]:
@@ -221,12 +307,3 @@ def _keywords(penalty: Callable[..., Any]) -> frozenset[str]:
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     taken = positional[:3]  # by logits_fn, x and y, whatever they are called there
     return frozenset(OFFERED) & {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY} - set(taken)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return getattr(module, "_compiler_ctx", None) is not None or any(
-        type(part).__name__ == "OptimizedModule"
-        or getattr(part, "_compiled_call_impl", None) is not None
-        or any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(part).values())  # a compiled function
-        for part in module.modules()
-    )

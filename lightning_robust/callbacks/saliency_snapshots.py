@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from lightning_robust.attach.base import show_image
-from lightning_robust.attach.batches import Key, one_input
+from lightning_robust.attach.base import show_or_save, show_text
+from lightning_robust.attach.batches import Key, as_path, one_input
 from lightning_robust.attach.listener import Heard, step_context
 from lightning_robust.attach.monitor import Monitor
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.reading import Reading
 from lightning_robust.attach.step import Step
+from lightning_robust.callbacks.explainer import Explainer, submodule
+from lightning_robust.callbacks.photographer import ENSEMBLE, Photographer
+from lightning_robust.callbacks.probe_sets import ATTACKED, CHOICES, ProbeSets, joined
+from lightning_robust.callbacks.saliency_charts import charts, show_charts
+from lightning_robust.callbacks.time_budget import TimeBudget
+from lightning_robust.callbacks.watched_probes import WatchedProbes
 from lightning_robust.pixels import PixelSpace
-from lightning_robust.saliency import Candidates, Film, ProbeSet, filmstrip, last_feature_map, method_named
+from lightning_robust.randomness import seeded
+from lightning_robust.saliency.methods import as_method
 
 __all__ = ["SaliencySnapshots"]
 
@@ -25,29 +32,61 @@ __all__ = ["SaliencySnapshots"]
 class SaliencySnapshots(Monitor):
     """Explain the same few evaluation samples again and again, and show how the explanations change.
 
-    The probe set is chosen once, from the first evaluation loader: seeded, stratified by class. Every snapshot explains
-    the *right* class of each probe, so that a changed prediction does not look like a changed explanation. The first
-    snapshot is the anchor. Snapshots are taken after the last evaluation batch, with the weights that evaluation
-    measures, in eval mode; the training run does not change by a bit.
+    A probe set is chosen once, in the first evaluation, from the first evaluation loader, and is then fixed for life;
+    checkpoints know it by index and content. Every snapshot explains the *right* class of each probe, so that a changed
+    prediction does not look like a changed explanation. The first snapshot is the anchor. Snapshots of an evaluation
+    are taken after its last batch, with the weights that it measures, in eval mode; the training run does not change by
+    a bit.
 
-    Logs, for each method, ``saliency/val_{method}/iou10_to_anchor`` and ``iou10_to_previous`` (overlap of the 10 % of
-    inputs that matter most; dense unrelated maps share about 0.05, maps that are empty wherever the input is share
-    more), ``cosine_to_anchor`` and ``cosine_to_previous`` (centred), and ``saliency/val/flips`` (share of probes
-    predicted otherwise than at the anchor). TensorBoard's image
-    ``saliency/val_{method}/filmstrip`` shows inputs, the maps from first to now, and what changed. Maps (8 bits) and
-    drift are kept in every checkpoint; a resumed run goes on with the same anchor. Every run chooses its probe set
-    anew; if that is another one (other data), there is a new anchor and a warning.
+    Logs, for each probe set and method (``val_gradient``, ``val_hardest_gradcam``, ...):
+
+    - ``saliency/val_gradient/iou10_to_anchor`` and ``_to_previous``: overlap of the tenth of the inputs that matters
+      most; likewise ``cosine`` (centred), ``spearman`` (of inputs that are not 0 in both), ``ssim`` and
+      ``centre_shift`` (pixels; pictures only).
+    - ``iou10_null`` and ``iou10_floor``: the same between the anchor and maps by permuted weights, and of inputs with a
+      little noise; ``iou10_skill_to_anchor`` and ``_to_previous``: 0 at the null, 1 at the floor. Likewise the others.
+    - ``gini``, ``entropy``, ``mass_on_border``, ``mass_on_corners``, ``mass_in_region``: where and how narrowly maps
+      look.
+    - ``alarm``: 1 where maps that had settled have moved.
+    - ``deletion``, ``insertion`` and so on with ``quality=True``; ``attack_...`` for the attacked set.
+
+    and ``saliency/val/flips`` (share of probes predicted otherwise than at the anchor), ``agreement`` of the methods
+    with ``ensemble=True``, ``skipped`` (snapshots so far that the budget did not allow). Pictures are
+    ``saliency/val_gradient/filmstrip`` (inputs, maps from first to now, what changed) and ``/overlays``; without a
+    logger that takes pictures they become PNG files in the folder ``saliency`` of the run. TensorBoard's Custom Scalars
+    tab shows drift side by side.
 
     Args:
-        methods: ``"gradient"``, ``"integrated_gradients"``, ``"gradcam"``.
+        methods: Names (``"gradient"``, ``"integrated_gradients"``, ``"gradcam"``, ...; see
+            :data:`lightning_robust.saliency.METHODS`), functions ``(logits_fn, x, target) -> maps``, or attributions of
+            captum.
         every_n_epochs: A snapshot in the first validation, then in each epoch that this divides, and in the last one as
             far as the Trainer knows it by then (``EarlyStopping`` decides later). Outside of ``fit`` always.
-        samples: Size of the probe set.
-        pixels: The pixel space of the inputs: for pictures, and black as the baseline of integrated gradients.
-        layer: Name of the submodule whose output Grad-CAM weighs; by default the last feature map of a convolution.
+        every_n_validations: Count validations instead.
+        every_n_steps: Count optimizer steps instead; begins after the first validation, which chooses the probes.
+        samples: Size of a probe set.
+        probes: How they are chosen: ``"stratified"`` by class and a seed, ``"hardest"`` (largest loss),
+            ``"confident_wrong"`` (most sure of a wrong class); several are several sets.
+        indices: The probes, by their numbers in the loader, instead.
+        extra: Other probe sets by name: data sets or loaders of inputs like those of the evaluation. Their labels are
+            not read; what is explained is the class predicted at the anchor.
+        attack: An attack: adds the set ``attacked``, the first probe set as this attack changes it for the weights of
+            each snapshot, explained for the right class.
+        region_key: Where a batch holds a mask of each sample (an object, a watermark) for ``mass_in_region``.
+        pixels: The pixel space of the inputs: for pictures, noise, and black as the baseline of path methods.
+        layer: Name of the submodule whose output class activation maps weigh; by default it is found.
         classes: Names of the classes, for the pictures.
-        stages: ``"val"`` (in ``fit`` and ``validate``), ``"test"``, or both; each has its own probe set.
-        seed: Of the probe set.
+        ensemble: Add the mean of all methods' ranks as a method, and log how far they agree.
+        quality: Measure deletion, insertion and sensitivity of each method; costs some fifty forwards a snapshot.
+        sanity: Measure null and noise floor at the anchor; costs two more passes, once.
+        cascade: At the end of a fit, and in ``validate`` and ``test``, permute the weights layer by layer, and write
+            what becomes of the maps into ``saliency/val_gradient/cascade`` (a table among TensorBoard's texts).
+        budget: Share of the training time that snapshots may take; one that would exceed it is skipped, which is said.
+            The first ten seconds, the first and the last snapshot are free. None for no limit.
+        alarm: Maps that had settled have moved where their skill to the previous snapshot falls below this share of its
+            median so far. None for no alarm.
+        stages: ``"val"`` (in ``fit`` and ``validate``), ``"test"``, or both; each has its own probe sets.
+        seed: Of the choice of probes, of noise and permutations.
         input_key: Where in the batch the input is, if it cannot be told.
         target_key: Where the target is, if no loss tells.
         logits_fn: ``(module, batch) -> logits`` where no loss can be read; needs ``target_key``.
@@ -57,27 +96,40 @@ class SaliencySnapshots(Monitor):
         name: Tells two callbacks of this class apart: keys start with ``saliency.{name}``.
 
     Raises:
-        ValueError: If a method is unknown, a number is below 1, or the module has no submodule ``layer``.
+        ValueError: If a method or a choice is unknown, a number is out of range, two cadences are given, or the module
+            has no submodule ``layer``.
 
     Example:
         >>> SaliencySnapshots(["gradient"], every_n_epochs=5).key("val_gradient", "iou10_to_anchor")
         'saliency/val_gradient/iou10_to_anchor'
 
     References:
-        Simonyan et al., 2014, https://arxiv.org/abs/1312.6034 (gradient). Sundararajan et al., 2017,
-        https://arxiv.org/abs/1703.01365 (integrated gradients). Selvaraju et al., 2017,
-        https://arxiv.org/abs/1610.02391 (Grad-CAM).
+        Adebayo et al., 2018, https://arxiv.org/abs/1810.03292 (similarity of maps, randomised weights). Ghorbani et
+        al., 2019, https://arxiv.org/abs/1710.10547 (overlap of the largest). The methods' pages name their own.
     """
 
     def __init__(
         self,
-        methods: Sequence[str] = ("gradient", "integrated_gradients", "gradcam"),
+        methods: Sequence[str | Callable[..., Any]] = ("gradient", "integrated_gradients", "gradcam"),
         *,
         every_n_epochs: int = 1,
+        every_n_validations: int | None = None,
+        every_n_steps: int | None = None,
         samples: int = 8,
+        probes: Sequence[str] = ("stratified",),
+        indices: Sequence[int] | None = None,
+        extra: dict[str, Dataset | DataLoader] | None = None,  # type: ignore[type-arg]  # jsonargparse builds `Dataset[Any]` itself
+        attack: Callable[..., Any] | None = None,
+        region_key: Key | None = None,
         pixels: PixelSpace | None = None,
         layer: str | None = None,
         classes: Sequence[str] | None = None,
+        ensemble: bool = False,
+        quality: bool = False,
+        sanity: bool = True,
+        cascade: bool = False,
+        budget: float | None = 0.05,
+        alarm: float | None = 0.25,
         stages: Sequence[str] = ("val",),
         seed: int = 0,
         input_key: Key | None = None,
@@ -96,55 +148,66 @@ class SaliencySnapshots(Monitor):
         )
         if isinstance(methods, str) or not methods:
             raise ValueError(f"methods= takes a list of methods, got {methods!r}.")
-        if every_n_epochs < 1 or samples < 1:
-            raise ValueError(f"every_n_epochs= and samples= must be at least 1, got {every_n_epochs} and {samples}.")
-        self.methods = {method: method_named(method) for method in methods}
-        self.every_n_epochs, self.samples, self.seed = every_n_epochs, samples, seed
-        self.pixels, self.layer, self.classes = pixels or PixelSpace(), layer, classes
+        cadences = {"every_n_epochs": every_n_epochs, "every_n_validations": every_n_validations}
+        cadences |= {"every_n_steps": every_n_steps, "samples": samples}
+        if any(value is not None and value < 1 for value in cadences.values()):
+            raise ValueError(f"{', '.join(f'{name}=' for name in cadences)} must be at least 1, got {cadences}.")
+        if sum(cadence is not None for cadence in (every_n_validations, every_n_steps)) + (every_n_epochs > 1) > 1:
+            raise ValueError(f"one of every_n_epochs=, every_n_validations= and every_n_steps=, got {cadences}.")
+        if isinstance(probes, str) or not probes or not set(probes) <= set(CHOICES):
+            raise ValueError(f"probes= takes a list of {', '.join(map(repr, CHOICES))}, got {probes!r}.")
+        if indices is not None and not len(indices):
+            raise ValueError("indices= takes the numbers of at least one sample, got none.")
+        if alarm is not None and not 0 < alarm <= 1:
+            raise ValueError(f"alarm= must be a share in (0, 1], or None, got {alarm}.")
+        self.methods = dict(as_method(method) for method in methods)
+        if len(self.methods) < len(methods) or ENSEMBLE in self.methods:
+            raise ValueError(f"methods= must have different names, and none of them 'ensemble', got {methods}.")
+        self.every_n_epochs, self.every_n_validations, self.every_n_steps = (
+            every_n_epochs,
+            every_n_validations,
+            every_n_steps,
+        )
+        self.samples, self.seed, self.alarm, self.attack = samples, seed, alarm, attack
+        self.pixels, self.layer, self.ensemble, self.cascade = pixels or PixelSpace(), layer, ensemble, cascade
+        region_path = None if region_key is None else as_path(region_key)
+        self._new_sets = partial(
+            ProbeSets, self.stages, probes, indices, extra or {}, attack is not None, samples, seed, region_path
+        )
+        self._budget = TimeBudget(budget)
+        self._explainer = Explainer(self.methods, layer, self.pixels, seed, self.warn_once)
+        self._photographer = Photographer(
+            self._explainer, self.pixels, classes, ensemble, quality, sanity, alarm, seed, self.warn_once
+        )
         self._forget()
 
     def _forget(self) -> None:
-        self._probes: dict[str, ProbeSet] = {}
-        self._films: dict[str, dict[str, Film]] = {}
-        self._first_seen: dict[str, Tensor] = {}  # predictions at the anchor
-        self._history: dict[str, list[dict[str, Any]]] = {}
-        # Entries of checkpoints and of earlier runs, until this run has chosen its probe set.
-        self._known: dict[str, dict[str, Any]] = {}
-        self._candidates: Candidates | None = None
+        self.sets = self._new_sets()
         self._values: dict[str, float] = {}
-        self._found_layer: str | None = None
+        self._skipped = 0
+        self._held: Step | None = None  # a batch to travel in, for snapshots between evaluations
         self._loaded_step = 0  # of the checkpoint; outside of fit the Trainer does not take it over
-        self._shape = torch.Size()
         self._warned = set()
+        self._explainer.forget()
 
     def settings(self) -> Mapping[str, Any]:
-        methods = ", ".join(self.methods)
-        return {"methods": methods, "samples": self.samples, "every_n_epochs": self.every_n_epochs, "seed": self.seed}
+        cadences = {name: getattr(self, name) for name in ("every_n_steps", "every_n_validations")}
+        given = {name: value for name, value in cadences.items() if value is not None}
+        return {
+            "methods": ", ".join(self.methods),
+            "probes": ", ".join(self.sets.choices.values()),
+            "samples": self.samples,
+            "seed": self.seed,
+            **(given or {"every_n_epochs": self.every_n_epochs}),
+        }
 
     def section(self) -> Mapping[str, Any]:
-        chosen = {
-            stage: {
-                "hash": probes.hash,
-                "indices": probes.index.tolist(),
-                "labels": probes.label.tolist(),
-                "predictions": self._first_seen[stage].tolist(),
-                "films": {method: film.to_dict() for method, film in self._films[stage].items()},
-                "drift": self._history[stage],
-            }
-            for stage, probes in self._probes.items()
-            if stage in self._first_seen
-        }
-        entry = {**self._known, **chosen}
+        entry = self.sets.section()
         return {self.area: entry} if entry else {}
 
     def restore(self, entry: Mapping[str, Any]) -> None:
         self._loaded_step = int(entry.get("global_step", 0))
-        for stage, stored in entry.get(self.area, {}).items():
-            self._known[stage] = stored
-            self._first_seen[stage] = torch.tensor(stored["predictions"])
-            self._films[stage] = {method: Film.from_dict(film) for method, film in stored["films"].items()}
-            self._history[stage] = list(stored["drift"])
-            self._probes.pop(stage, None)
+        self.sets.restore(entry.get(self.area, {}))
 
     # -- when ----------------------------------------------------------------------------------------------------
 
@@ -153,8 +216,9 @@ class SaliencySnapshots(Monitor):
         if stage == "fit":
             self._forget()  # of another run; a resumed one reads its films from the checkpoint
         else:  # perhaps of another module, on other data: what was chosen is chosen again, and compared
-            self._known.update(self.section().get(self.area, {}))
-            self._probes, self._found_layer, self._loaded_step = {}, None, 0
+            self.sets.reconsider()
+            self._loaded_step = 0
+            self._explainer.forget()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
@@ -166,147 +230,165 @@ class SaliencySnapshots(Monitor):
     def attach(self, trainer: Any, pl_module: Any) -> None:
         super().attach(trainer, pl_module)
         if self.layer is not None:
-            _submodule(pl_module, self.layer)  # fails now, not after the first epoch
+            submodule(pl_module, self.layer)  # fails now, not after the first epoch
+        self._budget.start()
+        ours = [callback for callback in trainer.callbacks if isinstance(callback, SaliencySnapshots)]
+        if ours[0] is self:  # one layout holds everything: a second one would take the place of the first
+            show_charts(trainer, {title: rows for callback in ours for title, rows in callback.charts().items()})
+
+    def charts(self) -> Mapping[str, Any]:
+        """The layout of TensorBoard's Custom Scalars tab."""
+        sets = [joined("val", name) for name in self.sets.names] if "val" in self.stages else []
+        return charts(self.area, sets, [*self.methods, *([ENSEMBLE] if self.ensemble else [])])
 
     def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._values = {}
-        self._candidates = None if stage in self._probes else Candidates(self.samples, self.seed)
+        self._values, self._held = {}, None
+        self.sets.begin(stage)
+
+    def before(self, trainer: Any, step: Step, batch_idx: int, loader: int, stage: str) -> None:
+        if loader == 0:
+            self.sets.look_at(stage, step.batch)
 
     def hear(self, trainer: Any, pl_module: Any, heard: Heard, loader: int, stage: str) -> None:
-        if loader or self._candidates is None:
+        if loader or not self.sets.open(stage):
             return
         labels = heard.call.labels()
-        if labels.numel() != len(heard.x) or len(labels) != len(heard.x):
-            self.warn_once(
-                f"one class a sample can be explained; this module's loss gets labels {tuple(labels.shape)} for "
-                f"{len(heard.x)} samples. Nothing is photographed."
-            )
-            self._candidates = None
+        if labels.numel() == len(labels) == len(heard.x):
+            self.sets.hear(stage, heard)
             return
-        self._shape, kept = heard.x.shape[1:], heard.counts & heard.call.counted().cpu()
-        self._candidates.offer(heard.index[kept], labels.flatten().cpu()[kept], heard.x.cpu()[kept])
+        self.warn_once(
+            f"one class a sample can be explained; this module's loss gets labels {tuple(labels.shape)} for "
+            f"{len(heard.x)} samples. Nothing is photographed."
+        )
+        self.sets.close(stage)
 
     def last(self, trainer: Any, template: Step, stage: str) -> None:
-        if self._candidates is not None:
-            self._choose(trainer, template.module, self._candidates, stage)
-            self._candidates = None
-        if stage not in self._probes or not self._due(trainer, stage):
-            return
-        no_autocast = torch.autocast(trainer.strategy.root_device.type, enabled=False)
-        with step_context(trainer, stage), no_autocast, self.probe.reading(template) as reading:
-            self._snapshot(trainer, reading, stage)
+        summed = partial(self.summed, trainer, template.module)
+        for said in self.sets.settle(trainer, stage, summed):
+            self.warn_once(said)
+        in_fit = trainer.state.fn == "fit"
+        if self.every_n_steps is not None and in_fit:
+            self._held = template
+        self.sets.first(stage).evaluations += in_fit
+        if self.sets.first(stage).probes is not None and self._due(trainer, stage):
+            self._snapshot(trainer, template, stage)
 
     def finish(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.log_values(pl_module, self._values, self.samples)
 
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.every_n_steps is None or self._held is None or trainer.global_step % self.every_n_steps:
+            return
+        rows = self.sets.first("val").history
+        if rows and rows[-1]["step"] == trainer.global_step:  # of this step already; or nothing moved (accumulation)
+            return
+        if self._within_budget(trainer, pl_module):
+            with self._surviving(trainer, "val"):
+                self._values = {}
+                self._snapshot(trainer, self._held, "val")
+                self._log_now(trainer, pl_module)
+
+    def _log_now(self, trainer: Any, pl_module: Any) -> None:
+        """At this very step, whatever the interval of logging."""
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(self._values, step=trainer.global_step)
+        values = {key: torch.tensor(value, dtype=torch.float32) for key, value in self._values.items()}
+        pl_module.log_dict(values, on_step=True, on_epoch=False, logger=False, batch_size=self.samples)
+
     def _due(self, trainer: Any, stage: str) -> bool:
-        epoch = trainer.current_epoch + 1
-        first = not any(map(len, self._films.get(stage, {}).values()))
-        last = epoch == trainer.max_epochs or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
-        return first or last or trainer.state.fn != "fit" or epoch % self.every_n_epochs == 0
+        if trainer.state.fn != "fit" or not self.sets.first(stage).started:
+            return True
+        if _ends(trainer):
+            return True
+        if self.every_n_steps is not None:
+            return False
+        if self.every_n_validations is not None:
+            due = self.sets.first(stage).evaluations % self.every_n_validations == 0
+        else:
+            due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return due and self._within_budget(trainer, trainer.lightning_module)
+
+    def _within_budget(self, trainer: Any, pl_module: Any) -> bool:
+        """One answer for all processes, that of the first."""
+        over = torch.tensor([float(trainer.is_global_zero and not self._budget.allows())], dtype=torch.float64)
+        if not bool(self.summed(trainer, pl_module, over).any()):
+            return True
+        self._skipped += 1
+        self._values[self.key("val", "skipped")] = float(self._skipped)
+        self.warn_once(
+            f"one more snapshot would take more than {self._budget.share:.0%} of the training time (so far "
+            f"{self._budget.total:.0f} s): some are skipped. Take fewer (every_n_epochs=), with fewer methods or "
+            "samples, or raise budget=.",
+            "budget",
+        )
+        return False
 
     # -- what ----------------------------------------------------------------------------------------------------
 
-    def _choose(self, trainer: Any, module: Any, candidates: Candidates, stage: str) -> None:
-        if trainer.world_size > 1:
-            self._exchange(trainer, module, candidates)
-        probes = candidates.chosen()
-        if not len(probes):
+    def _snapshot(self, trainer: Any, template: Step, stage: str) -> None:
+        no_autocast = torch.autocast(trainer.strategy.root_device.type, enabled=False)
+        with (
+            step_context(trainer, stage),
+            no_autocast,
+            self.probe.reading(template) as reading,
+            self._budget.spent(),
+        ):
+            place, summed = self.probe.route(template).input, partial(self.summed, trainer, template.module)
+            for said in self.sets.choose_extra(trainer, stage, template, place, reading, summed):
+                self.warn_once(said)
+            caption, moment = self._moment(trainer)
+            for watched in self.sets.of(stage).values():
+                self._take(trainer, reading, stage, watched, caption, moment)
+
+    def _take(
+        self, trainer: Any, reading: Reading, stage: str, watched: WatchedProbes, caption: str, moment: dict[str, Any]
+    ) -> None:
+        probes, clean = watched.probes, None
+        if probes is None:
             return
-        known = self._known.pop(stage, None)
-        if known is not None and known["hash"] != probes.hash:
-            warnings.warn(
-                f"earlier snapshots explain other samples than this run's {stage} data (hash {known['hash']}, now "
-                f"{probes.hash}); a new anchor is set. Is the loader shuffled, augmented, or of other data?",
-                stacklevel=2,
-            )
-            self._first_seen.pop(stage, None)
-            self._films.pop(stage, None)
-            self._history.pop(stage, None)
-        self._probes[stage] = probes
-        self._films.setdefault(stage, {method: Film() for method in self.methods})
-        self._history.setdefault(stage, [])
-
-    def _exchange(self, trainer: Any, module: Any, candidates: Candidates) -> None:
-        """Every process gets the candidates of all: a table with a place for each, summed."""
-        index, label, x = candidates.rows()
-        shape = self._shape
-        table = torch.zeros(trainer.world_size, 2 * self.samples, 3 + shape.numel(), dtype=torch.float64)
-        own = table[trainer.global_rank, : len(index)]
-        if len(index):
-            own[:, 0], own[:, 1], own[:, 2], own[:, 3:] = 1.0, index, label, x.flatten(1)
-        everything = self.summed(trainer, module, table).flatten(0, 1)
-        rows = everything[everything[:, 0] == 1]
-        candidates.offer(rows[:, 1].long(), rows[:, 2].long(), rows[:, 3:].float().view(-1, *shape))
-
-    def _snapshot(self, trainer: Any, reading: Reading, stage: str) -> None:
-        probes = self._probes[stage]
-        x, target = probes.x.to(reading.x.device, reading.x.dtype), probes.label.to(reading.x.device)
-        with torch.no_grad():
-            call = reading.read(x)
-        call.check_classes(target)
-        predictions = call.predictions().flatten().cpu()
-        confidences = call.log_probabilities().flatten(1).amax(1).exp().cpu()
-        anchor = self._first_seen.setdefault(stage, predictions)
-        self._values[self.key(stage, "flips")] = float((predictions != anchor).float().mean())
-        caption, moved = self._moment(trainer)
-        for method in self.methods:
-            maps = self._maps(method, reading, x, target)
-            if maps is None:
-                continue
-            film = self._films[stage].setdefault(method, Film())
-            moved[method] = film.add(caption, maps)
-            for name, value in moved[method].items():
-                self._values[self.key(f"{stage}_{method}", name)] = value
-            if trainer.is_global_zero and x.ndim == 4:
-                picture = self._filmstrip(probes, predictions, confidences, film)
-                show_image(trainer, self.key(f"{stage}_{method}", "filmstrip"), picture)
-        self._history[stage].append(moved)
+        x = probes.x.to(reading.x.device, reading.x.dtype)
+        if watched.name == ATTACKED and self.attack is not None:
+            clean, noise = x, [seeded(self.seed, i) for i in probes.index.tolist()]
+            # As in a plain loop: the loss of the batch that probes travel in knows nothing of their labels.
+            x = self.attack(lambda z: reading.logits(z), x, probes.label.to(x.device), generator=noise)
+        taken = self._photographer.take(
+            reading,
+            watched,
+            x,
+            caption,
+            clean=clean,
+            draw=trainer.is_global_zero,
+            cascade=self.cascade and (_ends(trainer) or trainer.state.fn != "fit"),
+        )
+        watched.history.append({**moment, **taken.moved})
+        if self.alarm is not None:
+            taken.values |= {f"{method}/alarm": watched.alarm(method, self.alarm) for method in taken.moved}
+        where = joined(stage, watched.name)
+        self._values |= {self.key(*_placed(where, name)): value for name, value in taken.values.items()}
+        for name, picture in taken.pictures.items():
+            show_or_save(trainer, self.key(*_placed(where, name)), picture)
+        for name, text in taken.tables.items():
+            show_text(trainer, self.key(*_placed(where, name)), text)
 
     def _moment(self, trainer: Any) -> tuple[str, dict[str, Any]]:
         """When it is, for a person and for the checkpoint."""
         step = int(trainer.global_step)
         if trainer.state.fn == "fit":
-            return f"epoch {trainer.current_epoch + 1}", {"epoch": trainer.current_epoch + 1, "step": step}
+            epoch = trainer.current_epoch + 1
+            often = self.every_n_steps is not None or self.every_n_validations is not None
+            return f"step {step}" if often else f"epoch {epoch}", {"epoch": epoch, "step": step}
         step = step or self._loaded_step
         return f"step {step}" if step else trainer.state.fn.value, {"step": step}
 
-    def _maps(self, method: str, reading: Reading, x: Tensor, target: Tensor) -> Tensor | None:
-        function = self.methods[method]
-        if method == "integrated_gradients":
-            return function(reading.logits, x, target, baseline=self._black(x))
-        if method != "gradcam":
-            return function(reading.logits, x, target)
-        if x.ndim != 4:
-            self.warn_once(f"Grad-CAM explains pictures (N, C, H, W), the input is {tuple(x.shape)}; it is left out.")
-            return None
-        name = self.layer or self._found_layer
-        if name is None:
-            with torch.no_grad():
-                name = self._found_layer = last_feature_map(reading.module, lambda: reading.read(x))
-        if name is None:
-            self.warn_once(
-                "Grad-CAM needs a feature map (N, C, H, W), and this module has no convolution that gives one: leave "
-                "'gradcam' out of methods=, or name a submodule with layer=."
-            )
-            return None
-        return function(reading.logits, x, target, layer=_submodule(reading.module, name))
 
-    def _black(self, x: Tensor) -> Tensor | float:
-        if self.pixels.bounds is None:
-            return 0.0
-        return self.pixels.to_model(torch.full_like(x[:1], self.pixels.bounds[0]))
-
-    def _filmstrip(self, probes: ProbeSet, predictions: Tensor, confidences: Tensor, film: Film) -> Tensor:
-        images = self.pixels.to_pixels(probes.x)
-        low, high = self.pixels.bounds or (float(images.min()), float(images.max()))
-        bounds = (low, max(high, low + 1e-6))
-        return filmstrip(images, probes.label, predictions, confidences, film.shown(), bounds, self.classes)
+def _ends(trainer: Any) -> bool:
+    """Whether this is the last evaluation of the fit, as far as the Trainer knows."""
+    last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+    return bool(last_epoch or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step)
 
 
-def _submodule(module: nn.Module, name: str) -> nn.Module:
-    try:
-        return module.get_submodule(name)
-    except AttributeError as error:
-        names = ", ".join(known for known, _ in module.named_modules() if known)
-        raise ValueError(f"layer={name!r} is no submodule of {type(module).__name__}; it has {names}.") from error
+def _placed(where: str, name: str) -> tuple[str, str]:
+    """``val`` and ``gradient/gini`` to ``val_gradient`` and ``gini``; ``/flips`` stays with the set."""
+    method, _, metric = name.partition("/")
+    return joined(where, method), metric

@@ -1,15 +1,20 @@
-"""A small network and a plain LightningModule, written as users write theirs: nothing of this package is in them."""
+"""Small networks and a plain LightningModule, written as users write theirs: nothing of this package is in them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Classifier", "SmallCNN"]
+__all__ = ["MLP", "Classifier", "PlainCNN", "SmallCNN"]
+
+Net = Literal["cnn", "plain-cnn", "gelu-cnn", "mlp"]
+"""Which net a :class:`Classifier` has."""
 
 
 class SmallCNN(nn.Sequential):
@@ -34,6 +39,68 @@ class SmallCNN(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.Linear(wide * (size // 4) ** 2, classes))
 
 
+class PlainCNN(nn.Sequential):
+    """Two convolutions with stride 2, a hidden layer and a linear one, without BatchNorm: quick, and easily misled.
+
+    Args:
+        channels: Of the input images.
+        classes: Number of logits.
+        size: Height and width of the input images, divisible by 4.
+        width: Of the first convolution; the second has twice as many channels, the hidden layer four times as many.
+        activation: Between the layers; ``nn.GELU`` for a smooth net.
+
+    Example:
+        >>> PlainCNN()(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        classes: int = 10,
+        size: int = 28,
+        width: int = 16,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        wide, hidden = 2 * width, 4 * width
+        super().__init__(
+            *(nn.Conv2d(channels, width, 3, stride=2, padding=1), activation()),
+            *(nn.Conv2d(width, wide, 3, stride=2, padding=1), activation(), nn.Flatten()),
+            *(nn.Linear(wide * (size // 4) ** 2, hidden), activation()),
+            nn.Linear(hidden, classes),
+        )
+
+
+class MLP(nn.Sequential):
+    """Two hidden layers of 50 and 30 with ReLU: the net that Ross et al. train on Decoy-MNIST.
+
+    Args:
+        channels: Of the input images.
+        classes: Number of logits.
+        size: Height and width of the input images.
+
+    Example:
+        >>> MLP()(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+
+    References:
+        Ross et al., `Right for the Right Reasons <https://arxiv.org/abs/1703.03717>`_, 2017, section 4.
+    """
+
+    def __init__(self, channels: int = 1, classes: int = 10, size: int = 28) -> None:
+        super().__init__(
+            *(nn.Flatten(), nn.Linear(channels * size**2, 50), nn.ReLU()),
+            *(nn.Linear(50, 30), nn.ReLU(), nn.Linear(30, classes)),
+        )
+
+
+CNNS: dict[str, Callable[..., nn.Module]] = {
+    "cnn": SmallCNN,
+    "plain-cnn": PlainCNN,
+    "gelu-cnn": partial(PlainCNN, activation=nn.GELU),
+}
+
+
 class Classifier(LightningModule):
     """An ordinary image classifier: cross-entropy, Adam, one-cycle learning rate.
 
@@ -42,14 +109,30 @@ class Classifier(LightningModule):
         channels: Of the input images.
         classes: Number of classes.
         size: Height and width of the input images.
-        width: Of the net; see :class:`SmallCNN`.
+        width: Of the net; see :class:`SmallCNN`. The MLP has none.
+        net: ``"cnn"`` is :class:`SmallCNN`, ``"plain-cnn"`` :class:`PlainCNN`, ``"gelu-cnn"`` the same with GELU,
+            ``"mlp"`` :class:`MLP`.
+
+    Raises:
+        ValueError: If there is no such net.
     """
 
-    def __init__(self, lr: float = 4e-3, channels: int = 1, classes: int = 10, size: int = 28, width: int = 32) -> None:
+    def __init__(
+        self,
+        lr: float = 4e-3,
+        channels: int = 1,
+        classes: int = 10,
+        size: int = 28,
+        width: int = 32,
+        net: Net = "cnn",
+    ) -> None:
+        if net not in get_args(Net):
+            raise ValueError(f"Classifier(net=) must be one of {', '.join(map(repr, get_args(Net)))}, got {net!r}.")
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr
-        self.net: nn.Module = SmallCNN(channels, classes, size, width)
+        image = (channels, classes, size)
+        self.net: nn.Module = MLP(*image) if net == "mlp" else CNNS[net](*image, width)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.net(x)

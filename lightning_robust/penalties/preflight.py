@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["preflight"]
+__all__ = ["preflight", "way_around"]
 
-# What torch says -> what to do. Where several fit, the first counts.
+_FINITE = "method='finite_differences'"
+_OTHERS = f"another penalty (SaliencyGuided, or JacobianPenalty with {_FINITE})"
+# What torch says -> what to do; {finite} is the way around second derivatives. Where several fit, the first counts.
 _REMEDIES = {
     "scaled_dot_product": "This attention kernel has no second derivative. Run the step under "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or use method='finite_differences'.",
-    "donated buffers": "A compiled network throws its graph away after one backward pass. Use "
-    "method='finite_differences' with reuse=False, or set torch._functorch.config.donated_buffer = False before "
-    "compiling.",
-    "double backward": "A compiled network has no second derivative. Use method='finite_differences', or leave the "
-    "network uncompiled.",
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or use {finite}.",
+    "donated buffers": "A compiled network throws its graph away after one backward pass. Use {finite} with "
+    "reuse=False, or set torch._functorch.config.donated_buffer = False before compiling.",
+    "double backward": "A compiled network has no second derivative. Use {finite}, or leave the network uncompiled.",
     "use_reentrant": "Reentrant checkpointing gives no gradient of the input. Call "
     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
-    "": "If a layer has no second derivative, use method='finite_differences'.",
+    "": "If a layer has no second derivative, use {finite}.",
 }
 
 
-def preflight(compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter], what: str) -> None:
+def way_around(penalty: Any) -> str:
+    """What to use instead where a network has no second derivative: a setting of the penalty, or another penalty.
+
+    Example:
+        >>> from lightning_robust.penalties import AttributionPrior, RightReasons
+        >>> way_around(RightReasons(method="double_backward"))
+        "method='finite_differences'"
+        >>> way_around(AttributionPrior())
+        "another penalty (SaliencyGuided, or JacobianPenalty with method='finite_differences')"
+    """
+    fixed = is_dataclass(penalty) and hasattr(penalty, "method") and "method" not in {f.name for f in fields(penalty)}
+    return _OTHERS if fixed else _FINITE
+
+
+def preflight(
+    compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter], what: str, finite: str = _FINITE
+) -> None:
     """Compute a penalty and its gradients once, so that what cannot work fails early and says why.
 
     Nothing is left in ``.grad``. What a forward itself moves (BatchNorm's statistics, random numbers) is moved: run it
@@ -34,6 +52,7 @@ def preflight(compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter],
         compute: Makes the penalty, a scalar.
         parameters: Those that training will change; frozen ones are left out.
         what: What to call the penalty in messages.
+        finite: What to use where the network has no second derivative; see :func:`way_around`.
 
     Raises:
         TypeError: If the penalty is no scalar tensor.
@@ -58,7 +77,7 @@ def preflight(compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter],
         connected = penalty.requires_grad and trainable  # else autograd.grad would only say that there is no graph
         found = torch.autograd.grad(penalty, trainable, allow_unused=True) if connected else ()
     except RuntimeError as error:
-        remedy = next(remedy for said, remedy in _REMEDIES.items() if said in str(error))
+        remedy = next(remedy for said, remedy in _REMEDIES.items() if said in str(error)).format(finite=finite)
         raise RuntimeError(f"{what} cannot be trained with this network. {remedy} torch says: {error}") from error
     gradients = [gradient for gradient in found if gradient is not None]
     if not gradients:
@@ -66,7 +85,7 @@ def preflight(compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter],
             f"{what} reaches 0 of {len(trainable)} trainable parameters, so it cannot train any. Attributions from "
             "captum are not differentiable with respect to parameters, nor is what is computed under torch.no_grad() "
             "or detached; use a penalty of lightning_robust.penalties, or torch.autograd.grad(..., create_graph=True). "
-            "Where a layer has no second derivative (once_differentiable), use method='finite_differences'."
+            f"Where a layer has no second derivative (once_differentiable), use {finite}."
         )
     broken = sum(not bool(g.isfinite().all()) for g in gradients)
     if broken or not bool(penalty.isfinite().all()):

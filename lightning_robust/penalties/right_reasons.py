@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.losses import LossCall
+from lightning_robust.penalties.features import spread
 from lightning_robust.penalties.squared_gradient import Method, check_settings, squared_gradient
 from lightning_robust.protocols import LogitsFn
 
@@ -85,7 +86,7 @@ class RightReasons:
                 these logits and targets, or the logits do not depend on ``x``.
         """
         call = call or (lambda z: LossCall.for_head(z, y))
-        mask = _spread(mask, x)
+        mask = spread(mask, x)
         square = squared_gradient(
             lambda z: call(z).log_probabilities().flatten(1).sum(1),
             logits_fn,
@@ -99,22 +100,3 @@ class RightReasons:
         marked = mask.flatten(1).sum(1)
         weight = torch.where(marked > 0, 1 / marked, 0.0)
         return (square * weight).sum() / (marked > 0).sum().clamp_min(1)
-
-
-def _spread(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask as numbers shaped like ``x``."""
-    spread = mask.detach().to(x.device, torch.promote_types(x.dtype, torch.float32))
-    if spread.ndim == x.ndim - 1:
-        spread = spread.unsqueeze(1)
-    if spread.ndim != x.ndim or any(m not in (1, n) for m, n in zip(spread.shape, x.shape, strict=True)):
-        raise ValueError(
-            f"a mask of shape {tuple(mask.shape)} does not fit inputs {tuple(x.shape)}; expected that shape, 1 instead "
-            "of any size, or no dimension of channels: (N, 1, H, W) or (N, H, W) for images (N, C, H, W)."
-        )
-    low, high = (float(bound) for bound in spread.aminmax())
-    if not (low >= 0 and high <= 1):  # so that NaN is caught too
-        raise ValueError(
-            f"a mask must lie in [0, 1] (1 where the input must not matter), got values from {low:g} to {high:g}; "
-            "divide a mask stored as 0..255 by 255, and fill in missing values."
-        )
-    return spread.expand_as(x)

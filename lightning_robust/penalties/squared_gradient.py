@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_robust.penalties.derivatives import forward, input_gradient, one_a_sample
 from lightning_robust.protocols import LogitsFn
-from lightning_robust.randomness import RandomState
 
 __all__ = ["Method", "check_settings", "squared_gradient"]
 
@@ -86,64 +86,21 @@ def squared_gradient(
         Drucker & LeCun, Double Backpropagation Increasing Generalization Performance, 1991. Finlay & Oberman,
         `Scaleable Input Gradient Regularization for Adversarial Robustness <https://arxiv.org/abs/1905.11468>`_, 2019.
     """
-    if not x.is_floating_point():
-        raise ValueError(f"expected floating-point inputs, got {x.dtype}; instead of integer tokens give embeddings.")
     through_logits = reuse or method == "double_backward"
-    again: Callable[[], None] = lambda: None  # noqa: E731
-    if logits is None:
-        # Two dropout masks would differ by more than a small step does.
-        again = RandomState.capture().restore
-        x = x.detach().requires_grad_(through_logits)
-        logits = logits_fn(x)
-    elif through_logits and not x.requires_grad:
-        raise ValueError(
-            "logits were given, but x does not require grad, so it is no part of their graph. Call x.requires_grad_() "
-            "before the forward that computes them, or leave the logits out."
-        )
-    value = _one_a_sample(scalar(logits), x)
+    run = forward(logits_fn, x, logits, differentiable=through_logits)
+    x, value = run.x, one_a_sample(scalar(run.logits), run.x)
 
     def masked(t: Tensor) -> Tensor:
         return t if mask is None else t * mask
 
     if method == "double_backward":
-        return masked(_gradient(value, x, create_graph=True)).flatten(1).square().sum(1)
+        return masked(input_gradient(value, x, create_graph=True)).flatten(1).square().sum(1)
 
-    if through_logits:
-        gradient = _gradient(value, x, retain_graph=True)
-    else:
-        again()
-        leaf = x.detach().requires_grad_()
-        gradient = _gradient(_one_a_sample(scalar(logits_fn(leaf)), x), leaf)
+    gradient = input_gradient(value, x, retain_graph=True) if through_logits else run.gradient(scalar, reuse=False)
     x = x.detach()
     # Once more masked, the move is the gradient of z -> s(x + A z): its slope is ||A g|| for fractions in the mask too.
     move = masked(F.normalize(masked(gradient).flatten(1)).view_as(x))
     norm = x.flatten(1).to(move.dtype).norm(dim=1).mean()
     h = step * torch.where(norm > 0, norm, 1.0)
-    again()
-    there = _one_a_sample(scalar(logits_fn((x + h * move).to(x.dtype))), x)
+    there = one_a_sample(scalar(run.again((x + h * move).to(x.dtype))), x)
     return ((there - value) / h).square()
-
-
-def _one_a_sample(value: Tensor, x: Tensor) -> Tensor:
-    if value.shape != x.shape[:1]:
-        raise ValueError(
-            f"expected one number for each of {len(x)} samples, got {tuple(value.shape)}: logits must be (N, K, ...) "
-            f"for inputs (N, ...), here {tuple(x.shape)}."
-        )
-    return value
-
-
-def _gradient(value: Tensor, x: Tensor, *, retain_graph: bool = False, create_graph: bool = False) -> Tensor:
-    """Of the sum: with the mean, the weight of a penalty would depend on the batch size."""
-    gradient = None
-    if value.requires_grad:
-        # autograd.grad, not backward(): the parameters' own gradients must stay as they are.
-        (gradient,) = torch.autograd.grad(
-            value.sum(), x, retain_graph=retain_graph or create_graph, create_graph=create_graph, allow_unused=True
-        )
-    if gradient is None:
-        raise ValueError(
-            "the logits do not depend on x: no gradient reaches it. Is x the very tensor they were computed from? Is "
-            "the network (or a frozen backbone) run under torch.no_grad(), or is an output detached?"
-        )
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))

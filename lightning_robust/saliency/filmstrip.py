@@ -13,6 +13,7 @@ from lightning_robust.pictures import (
     BAD,
     GOOD,
     MARGIN,
+    MIN_SIDE,
     TEXT_HEIGHT,
     captioned,
     diverging,
@@ -25,11 +26,10 @@ from lightning_robust.pictures import (
     written,
 )
 
-__all__ = ["filmstrip"]
+__all__ = ["brightest", "filmstrip", "seen_as", "shares", "shrunk"]
 
 _GAP = 6
 _BAR = 64
-_LARGEST_SIDE = 256
 _FRAME = 0.75  # a light grey
 
 
@@ -60,7 +60,7 @@ def filmstrip(
         names: Names of the classes; without them classes are numbers.
 
     Returns:
-        The picture ``(3, H', W')`` in [0, 1]; tiles of 112 to 256 pixels, a legend in words below.
+        The picture ``(3, H', W')`` in [0, 1]; tiles of 112 to 223 pixels, a legend in words below.
 
     Raises:
         ValueError: If there is no image or no snapshot, or shapes do not fit.
@@ -72,8 +72,8 @@ def filmstrip(
         torch.Size([3, ..., ...])
     """
     _check(images, snapshots)
-    maps = torch.stack([_shares(_shrunk(m[:, None])[:, 0]) for _, m in snapshots])
-    scale = maps[0].abs().flatten(1).quantile(0.99, dim=1).clamp(min=2)[:, None, None]
+    maps = torch.stack([shares(shrunk(m[:, None])[:, 0]) for _, m in snapshots])
+    scale = brightest(maps[0])
     signed, changes = bool((maps < 0).any()), len(maps) > 1
     tiles = list((diverging if signed else sequential)(maps / scale))
     captions = [caption for caption, _ in snapshots]
@@ -82,8 +82,9 @@ def filmstrip(
         captions.append("change since first")
     columns = [_framed(enlarged(column)) for column in tiles]
 
-    inputs = _framed(to_rgb(_shrunk(images), *bounds))
-    seen, colors = _seen_as(labels, predictions, confidences, names)
+    inputs = _framed(to_rgb(shrunk(images), *bounds))
+    seen = seen_as(labels, predictions, confidences, names)
+    colors = [GOOD if right else BAD for right in (labels == predictions).tolist()]
     # The column of inputs gives way to long names of classes, up to a point.
     side = inputs.shape[-1]
     width = min(max(side, *(math.ceil(text_width(text)) + MARGIN for text in seen)), 2 * side)
@@ -112,18 +113,23 @@ def _check(images: Tensor, snapshots: Sequence[tuple[str, Tensor]]) -> None:
             raise ValueError(f"expected maps {expected} for these images, got {tuple(maps.shape)} in {caption!r}.")
 
 
-def _shrunk(images: Tensor) -> Tensor:
+def shrunk(images: Tensor) -> Tensor:
     """Large images averaged down by a whole factor: a picture of many tiles has to stay a picture."""
-    times = math.ceil(max(images.shape[2:]) / _LARGEST_SIDE)
+    times = max(1, max(images.shape[2:]) // MIN_SIDE)
     size = [math.ceil(side / times) for side in images.shape[2:]]
     return images if times == 1 else F.interpolate(images.detach().float(), size, mode="area")
 
 
-def _shares(maps: Tensor) -> Tensor:
+def shares(maps: Tensor) -> Tensor:
     """Maps in units of their own mean magnitude; what is not a number shows as nothing."""
     maps = maps.detach().float().cpu().nan_to_num(0, 0, 0)
     mean = maps.abs().mean((1, 2), keepdim=True)
     return maps / mean.where(mean > 0, 1.0)
+
+
+def brightest(maps: Tensor) -> Tensor:
+    """What is shown at full strength, ``(N, 1, 1)``: the 99th percentile of each map, at least twice its mean."""
+    return maps.abs().flatten(1).quantile(0.99, dim=1).clamp(min=2)[:, None, None]
 
 
 def _framed(tiles: Tensor) -> Tensor:
@@ -131,15 +137,14 @@ def _framed(tiles: Tensor) -> Tensor:
     return F.pad(tiles[..., 1:-1, 1:-1], (1, 1, 1, 1), value=_FRAME)
 
 
-def _seen_as(
-    labels: Tensor, predictions: Tensor, confidences: Tensor, names: Sequence[str] | None
-) -> tuple[list[str], list[tuple[int, int, int]]]:
+def seen_as(labels: Tensor, predictions: Tensor, confidences: Tensor, names: Sequence[str] | None) -> list[str]:
+    """A line for each sample: what it is, and what it is taken for."""
+
     def name(kind: int) -> str:
         return names[kind] if names is not None and 0 <= kind < len(names) else str(kind)
 
-    rows = list(zip(labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True))
-    texts = [f"{name(label)}, seen as {name(seen)} ({100 * sure:.0f} %)" for label, seen, sure in rows]
-    return texts, [GOOD if label == seen else BAD for label, seen, _ in rows]
+    rows = zip(labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True)
+    return [f"{name(label)}, seen as {name(seen)} ({100 * sure:.0f} %)" for label, seen, sure in rows]
 
 
 def _legend(signed: bool, changes: bool, width: int) -> Tensor:

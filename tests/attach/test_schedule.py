@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
+import torch
 import zoo
+from torch import Tensor
 
-from lightning_robust.attach.schedule import epochs_done, warm
+from lightning_robust.attach.schedule import Weight, epochs_done, piecewise, warm
 
 
 @pytest.mark.parametrize(
@@ -52,3 +57,60 @@ def test_a_factor_grows_from_nothing_at_the_start_to_one_and_stays(
     done: float, over: float, start: float, factor: float
 ) -> None:
     assert warm(done, over, start) == factor
+
+
+@pytest.mark.parametrize("done", [0.0, 0.5, 1.0, 2.25, 4.0, 7.5, 10.0, 99.0])
+def test_a_value_runs_straight_from_point_to_point_as_numpy_interpolates(done: float) -> None:
+    points = {4: 0.5, 1: 0.1, 10: 0.2}
+    expected = np.interp(done, sorted(points), [points[epoch] for epoch in sorted(points)])
+    assert piecewise(done, points) == pytest.approx(expected)
+
+
+def test_a_single_point_is_a_constant() -> None:
+    assert [piecewise(done, {3: 0.7}) for done in (0, 3, 9)] == [0.7, 0.7, 0.7]
+
+
+class Processes:
+    """A Trainer whose other process measured something else."""
+
+    def __init__(self, *theirs: float) -> None:
+        self.strategy, self.theirs = self, theirs
+
+    def reduce(self, pair: Tensor, reduce_op: str) -> Tensor:
+        assert reduce_op == "mean"
+        return (pair + torch.tensor(self.theirs)) / 2 if self.theirs else pair
+
+
+def test_a_number_is_itself_and_a_schedule_runs() -> None:
+    assert Weight(0.3, "it").at(7.0) == 0.3
+    assert Weight({0: 0.0, 4: 1.0}, "it").at(1.0) == 0.25
+    assert not Weight(0.3, "it").open
+
+
+def test_a_measured_weight_is_the_loss_over_the_penalty_of_all_processes_together() -> None:
+    weight = Weight("auto", "it")
+    assert (weight.open, weight.at(1.0)) == (True, 0.0)
+    said = weight.measure(Processes(3.0, 0.3), torch.tensor(1.0), torch.tensor(0.1))
+    assert weight.at(1.0) == pytest.approx(2.0 / 0.2)
+    assert not weight.open
+    assert "is 10 (loss 2 / penalty 0.2)" in said
+    weight.forget()
+    assert weight.open
+
+
+@pytest.mark.parametrize("pair", [(1.0, 0.0), (1.0, 1e-9), (0.0, 1.0), (1.0, math.nan), (math.inf, 1.0)])
+def test_what_cannot_be_measured_leaves_the_weight_open_and_0(pair: tuple[float, float]) -> None:
+    weight = Weight("auto", "it")
+    assert "stays 0 for now" in weight.measure(Processes(), *map(torch.tensor, pair))
+    assert (weight.open, weight.at(0.5)) == (True, 0.0)
+
+
+def test_a_negative_penalty_cannot_be_made_as_large_as_the_loss() -> None:
+    with pytest.raises(ValueError, match=r"^it\(weight='auto'\) needs a penalty that is not negative, got -0.5"):
+        Weight("auto", "it").measure(Processes(), torch.tensor(1.0), torch.tensor(-0.5))
+
+
+@pytest.mark.parametrize("given", ["automatic", {}, -0.1, math.nan, {0: -1.0}, {-1: 0.1}])
+def test_a_weight_of_no_form_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"it\(weight=\) must"):
+        Weight(given, "it")

@@ -14,7 +14,7 @@ import torch
 import zoo
 from small_steps import Linear, doubled, ten_w
 
-from lightning_robust.attach.seam import install, leave_weights
+from lightning_robust.attach.seam import clean_batch, install, leave_weights
 from lightning_robust.attach.step import Step
 
 
@@ -141,3 +141,74 @@ def test_gradients_are_those_of_the_other_weights_and_the_optimizer_moves_the_re
     trainer = zoo.trainer(max_steps=1, accumulate_grad_batches=accumulate, callbacks=[Heavier()])
     trainer.fit(module, zoo.loader(zoo.ListBatch))
     assert float(module.net.weight.detach()) == pytest.approx(1.0 - 0.1 * 2 * (1.0 + 5.0))
+
+
+def plus_one(step: Step) -> Any:
+    return [step.batch[0] + 1]
+
+
+def refused(step: Step) -> Any:
+    raise AssertionError("nobody asked for this")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_who_changes_the_data_is_no_adversary_and_comes_before_the_one_there_is(first: bool) -> None:
+    module = Linear()
+    for change in (True, False) if first else (False, True):
+        install(
+            module, "data" if change else "attack", feed=plus_one if change else doubled, adversary=not change and None
+        )
+    loss = module.training_step([torch.ones(1, 1)], 0)
+    assert float(loss.detach()) == pytest.approx(4 * float(module.net.weight.detach()))  # (1 + 1) * 2, not 1 * 2 + 1
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_those_who_change_the_data_do_so_in_the_order_of_their_names(names: tuple[str, str]) -> None:
+    module = Linear()
+    for name in names:
+        install(module, name, feed=plus_one if name == "a" else doubled, adversary=False)
+    loss = module.training_step([torch.ones(1, 1)], 0)
+    assert float(loss.detach()) == pytest.approx(4 * float(module.net.weight.detach()))
+
+
+def test_two_adversaries_are_one_too_many_however_they_attack() -> None:
+    module = Linear()
+    install(module, "data", feed=plus_one, adversary=False)
+    install(module, "first", feed=doubled)
+    install(module, "more data", feed=plus_one, adversary=False)
+    for settings in ({"feed": doubled}, {"before": refused, "adversary": True}):
+        with pytest.raises(RuntimeError, match="second and first both want to attack"):
+            install(module, "second", **settings)
+
+
+@pytest.mark.parametrize("at", ["fed", "clean"])
+def test_the_clean_batch_is_the_one_that_was_changed_and_not_yet_attacked(at: str) -> None:
+    seen: list[tuple[float, Any]] = []
+
+    def look(step: Step, call: Any, state: Any) -> dict[str, torch.Tensor]:
+        clean = clean_batch(step.module, step.batch)
+        seen.append((float(step.batch[0]), clean and float(clean[0])))
+        return {}
+
+    module = Linear()
+    install(module, "penalty", add=look, at=at)
+    install(module, "attack", feed=doubled)
+    install(module, "data", feed=plus_one, adversary=False)
+    module.training_step([torch.ones(1, 1)], 0)
+    assert seen == ([(4.0, 2.0)] if at == "fed" else [(2.0, None)])
+
+
+def test_without_an_attack_or_outside_of_a_step_there_is_no_other_batch() -> None:
+    seen: list[Any] = []
+
+    def look(step: Step, call: Any, state: Any) -> dict[str, torch.Tensor]:
+        seen.append(clean_batch(step.module, step.batch))
+        return {}
+
+    module = Linear()
+    install(module, "penalty", add=look)
+    install(module, "data", feed=plus_one, adversary=False)
+    module.training_step([torch.ones(1, 1)], 0)
+    assert seen == [None]
+    assert clean_batch(module, [torch.ones(1, 1)]) is None
+    assert clean_batch(Linear(), [torch.ones(1, 1)]) is None

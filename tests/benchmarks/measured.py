@@ -37,6 +37,8 @@ from lightning_robust.modes import frozen
 from lightning_robust.randomness import RandomState, seeded
 from tests.benchmarks import subjects
 from tests.benchmarks.memory import METHODS
+from tests.benchmarks.penalties import gradient_penalties
+from tests.benchmarks.saliency import saliency
 from tests.benchmarks.subjects import EPS, STEPS, Plain, Subject, trainer
 from tests.benchmarks.timing import Row, compared, interleaved, progress
 
@@ -406,6 +408,8 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "evaluation": evaluation,
     "survivors": survivors,
     "penalties": penalties,
+    "gradient_penalties": gradient_penalties,
     "monitors": monitors,
     "ece": ece,
+    "saliency": saliency,
 }

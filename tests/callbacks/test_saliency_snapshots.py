@@ -107,7 +107,7 @@ def assert_maps(found: Tensor, expected: Tensor) -> None:
 
 
 def last_maps(callback: SaliencySnapshots, method: str, stage: str = "val") -> Tensor:
-    return callback._films[stage][method].shown()[-1][1]
+    return callback.sets.of(stage)[""].films[method].shown()[-1][1]
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def test_maps_and_drift_are_those_of_the_weights_at_each_moment(precision: Any) 
                 taken.append({method: last_maps(callback, method) for method in METHODS})
 
     fit(zoo.built(Net), callback, moments, Photos(), precision=precision)
-    probes = callback._probes["val"]
+    probes = callback.sets.first("val").probes
     x, y = data().dataset.tensors
     assert torch.equal(probes.x, x[probes.index])
     assert torch.equal(probes.label, y[probes.index])
@@ -151,7 +151,7 @@ def test_the_probe_set_is_stratified_and_a_function_of_the_seed_alone() -> None:
     def chosen(seed: int = 0, batch_size: int = 16, **settings: Any) -> Any:
         callback = SaliencySnapshots(["gradient"], samples=10, seed=seed)
         fit(zoo.built(Net), callback, validation=data(batch_size=batch_size), max_epochs=1, **settings)
-        return callback._probes["val"]
+        return callback.sets.first("val").probes
 
     first = chosen()
     assert first.label.tolist() == list(range(10))  # one of each class
@@ -166,13 +166,13 @@ def test_normalised_inputs_start_from_black_and_are_shown_as_pixels(tmp_path: Pa
     callback, moments = SaliencySnapshots(["integrated_gradients"], samples=5, pixels=pixels), Moments()
     logger = pl.loggers.TensorBoardLogger(tmp_path)
     fit(zoo.built(Net), callback, moments, validation=normalised, max_epochs=1, logger=logger)
-    probes = callback._probes["val"]
+    probes = callback.sets.first("val").probes
     module = loaded(Net, moments.states[0])
     expected = maps_by_hand(module, probes.x, probes.label, black=-1.5)
     assert_maps(last_maps(callback, "integrated_gradients"), expected["integrated_gradients"])
     with torch.no_grad():
         sure, seen = module(probes.x).softmax(1).max(1)
-    shown = callback._films["val"]["integrated_gradients"].shown()
+    shown = callback.sets.first("val").films["integrated_gradients"].shown()
     picture = filmstrip(probes.x * 0.2 + 0.3, probes.label, seen, sure, shown, (0.0, 1.0))
     assert np.abs(images(logger, "saliency/val_integrated_gradients/filmstrip")[-1] - picture.numpy()).max() < 2 / 255
 
@@ -197,7 +197,8 @@ def test_one_filmstrip_a_method_is_logged_again_and_again(tmp_path: Path) -> Non
     fit(zoo.built(Net), callback, logger=logger, max_epochs=4)
     events = EventAccumulator(str(logger.log_dir), size_guidance={"images": 0})
     events.Reload()
-    assert set(events.Tags()["images"]) == {f"saliency/val_{method}/filmstrip" for method in METHODS}
+    pictures = ("filmstrip", "overlays")
+    assert set(events.Tags()["images"]) == {f"saliency/val_{method}/{name}" for method in METHODS for name in pictures}
     for method in METHODS:
         steps = [event.step for event in events.Images(f"saliency/val_{method}/filmstrip")]
         assert steps == [4, 8, 12, 16]
@@ -211,8 +212,8 @@ def test_snapshots_are_taken_first_last_and_when_due(every: int, epochs: int, ex
     callback = SaliencySnapshots(["gradient"], every_n_epochs=every, samples=3)
     moments = Moments()
     fit(zoo.built(Net), callback, moments, max_epochs=epochs)
-    assert [row["epoch"] for row in callback._history["val"]] == expected
-    assert [row["step"] for row in callback._history["val"]] == [4 * epoch for epoch in expected]
+    assert [row["epoch"] for row in callback.sets.first("val").history] == expected
+    assert [row["step"] for row in callback.sets.first("val").history] == [4 * epoch for epoch in expected]
 
 
 class Ending(pl.Callback):
@@ -226,12 +227,12 @@ def test_a_run_that_ends_early_is_photographed_at_its_end(how: str) -> None:
     others, settings = ([], {"max_steps": 12}) if how == "max_steps" else ([Ending()], {})
     trainer = fit(zoo.built(Net), callback, *others, max_epochs=50, **settings)
     assert trainer.current_epoch < 5
-    assert [row["step"] for row in callback._history["val"]] == [4, trainer.global_step]
+    assert [row["step"] for row in callback.sets.first("val").history] == [4, trainer.global_step]
 
 
 def test_outside_of_a_fit_a_snapshot_is_called_by_its_step(tmp_path: Path) -> None:
     def captions(callback: SaliencySnapshots) -> list[str]:
-        return [caption for caption, _ in callback._films["val"]["gradient"].shown()]
+        return [caption for caption, _ in callback.sets.first("val").films["gradient"].shown()]
 
     callback = SaliencySnapshots(["gradient"], samples=3)
     module = zoo.built(Net)
@@ -239,7 +240,7 @@ def test_outside_of_a_fit_a_snapshot_is_called_by_its_step(tmp_path: Path) -> No
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     trainer.validate(module, data(), verbose=False)
     assert captions(callback) == ["first: epoch 1", "previous: epoch 2", "now: step 8"]
-    assert callback._history["val"][-1].keys() == {"step", "gradient"}
+    assert callback.sets.first("val").history[-1].keys() == {"step", "gradient"}
     fresh = SaliencySnapshots(["gradient"], samples=3)
     zoo.trainer(callbacks=[fresh]).validate(zoo.built(Net), data(), ckpt_path=tmp_path / "x.ckpt", verbose=False)
     assert captions(fresh)[-1] == "now: step 8"
@@ -256,13 +257,15 @@ def test_a_checkpoint_holds_maps_and_drift_as_plain_tensors(tmp_path: Path) -> N
     trainer = fit(zoo.built(Net), callback, moments)
     trainer.save_checkpoint(tmp_path / "full.ckpt")
     entry = torch.load(tmp_path / "full.ckpt", weights_only=True)["lightning_robust"]["saliency"]["val"]
-    assert entry["hash"] == callback._probes["val"].hash
-    assert entry["indices"] == callback._probes["val"].index.tolist()
+    assert entry["hash"] == callback.sets.first("val").probes.hash
+    assert entry["indices"] == callback.sets.first("val").probes.index.tolist()
     for row, logged in zip(entry["drift"], moments.logged, strict=True):
         for name, value in row["gradient"].items():
             assert logged[f"saliency/val_gradient/{name}"] == pytest.approx(value, rel=1e-6)
     anchor = entry["films"]["gradient"]["kept"][0]
-    expected = maps_by_hand(loaded(Net, moments.states[0]), callback._probes["val"].x, callback._probes["val"].label)
+    expected = maps_by_hand(
+        loaded(Net, moments.states[0]), callback.sets.first("val").probes.x, callback.sets.first("val").probes.label
+    )
     assert anchor["values"].dtype == torch.int8
     assert_maps(anchor["values"].double() * anchor["scale"].view(-1, 1, 1), expected["gradient"].double())
 
@@ -283,11 +286,11 @@ def test_a_resumed_run_goes_on_with_the_same_anchor(tmp_path: Path, every: int) 
 
     whole, metrics = run(5)
     resumed, same = run(5, tmp_path / "5" / "epoch=2.ckpt")
-    assert resumed._history == whole._history
+    assert resumed.sets.first("val").history == whole.sets.first("val").history
     assert same == metrics
-    for method, film in whole._films["val"].items():
-        assert [c for c, _ in film.shown()] == [c for c, _ in resumed._films["val"][method].shown()]
-        for (_, maps), (_, other) in zip(film.shown(), resumed._films["val"][method].shown(), strict=True):
+    for method, film in whole.sets.first("val").films.items():
+        assert [c for c, _ in film.shown()] == [c for c, _ in resumed.sets.first("val").films[method].shown()]
+        for (_, maps), (_, other) in zip(film.shown(), resumed.sets.first("val").films[method].shown(), strict=True):
             assert torch.equal(maps, other)
 
 
@@ -298,7 +301,7 @@ def test_other_data_set_a_new_anchor_and_say_so(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="explain other samples.*a new anchor is set"):
         resumed = fit(zoo.built(Net), callback, max_epochs=3, ckpt_path=tmp_path / "x.ckpt", validation=data(seed=9))
     assert saliency(resumed)["saliency/val_gradient/iou10_to_anchor"] == 1
-    assert [row["epoch"] for row in callback._history["val"]] == [3]
+    assert [row["epoch"] for row in callback.sets.first("val").history] == [3]
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -325,7 +328,7 @@ def test_the_test_stage_has_a_probe_set_of_its_own() -> None:
     other = data(40, seed=5)
     trainer.test(module, other, verbose=False)
     assert saliency(trainer)["saliency.mine/test_gradient/iou10_to_anchor"] == 1
-    probes = callback._probes["test"]
+    probes = callback.sets.first("test").probes
     assert torch.equal(probes.x, other.dataset.tensors[0][probes.index])
     expected = maps_by_hand(module, probes.x, probes.label)["gradient"]
     assert_maps(last_maps(callback, "gradient", "test"), expected)
@@ -356,23 +359,23 @@ def test_a_checkpoint_before_the_next_validation_still_holds_the_films(tmp_path:
     assert [row["epoch"] for row in stored["val"]["drift"]] == [1]
     again = run(3, tmp_path / "mid1.ckpt")
     assert torch.equal(anchor(again.section()["saliency"]), anchor(first))
-    assert [row["epoch"] for row in again._history["val"]] == [1, 2, 3]
+    assert [row["epoch"] for row in again.sets.first("val").history] == [1, 2, 3]
 
 
 def test_another_run_on_other_data_has_probes_of_its_own() -> None:
     callback = SaliencySnapshots(["gradient"], samples=4)
     module = zoo.built(Net)
     fit(module, callback)
-    chosen = callback._probes["val"].hash
+    chosen = callback.sets.first("val").probes.hash
     trainer = zoo.trainer(callbacks=[callback])
     trainer.validate(module, data(), verbose=False)  # the same data: no warning, the same anchor
-    assert callback._probes["val"].hash == chosen
-    assert len(callback._history["val"]) == 4
+    assert callback.sets.first("val").probes.hash == chosen
+    assert len(callback.sets.first("val").history) == 4
     other, x = zoo.built(Net), data(seed=9)
     with pytest.warns(UserWarning, match="explain other samples.*a new anchor is set"):
         trainer.validate(other, x, verbose=False)
     assert saliency(trainer)["saliency/val_gradient/iou10_to_anchor"] == 1
-    probes = callback._probes["val"]
+    probes = callback.sets.first("val").probes
     assert torch.equal(probes.x, x.dataset.tensors[0][probes.index])
     assert_maps(last_maps(callback, "gradient"), maps_by_hand(other, probes.x, probes.label)["gradient"])
 
@@ -410,13 +413,13 @@ def test_tables_have_no_pictures_and_no_grad_cam_but_drift(tmp_path: Path) -> No
     table = DataLoader(TensorDataset(x.flatten(1), y), 16)
     callback, moments = SaliencySnapshots(METHODS, samples=4), Moments()
     logger = pl.loggers.TensorBoardLogger(tmp_path)
-    with pytest.warns(UserWarning, match=r"Grad-CAM explains pictures.*\(4, 64\)") as caught:
+    with pytest.warns(UserWarning, match=r"gradcam needs a feature map.*\(4, 64\)") as caught:
         fit(zoo.built(Tabular), callback, moments, training=table, validation=table, logger=logger)
-    assert sum("Grad-CAM" in str(w.message) for w in caught) == 1
+    assert sum("gradcam" in str(w.message) for w in caught) == 1
     logged = moments.logged[-1]
     assert not any("gradcam" in key for key in logged)
     assert logged["saliency/val_gradient/iou10_to_anchor"] <= 1
-    probes = callback._probes["val"]
+    probes = callback.sets.first("val").probes
     leaf = probes.x.clone().requires_grad_()
     z = loaded(Tabular, moments.states[-1]).eval()(leaf)
     (gradient,) = torch.autograd.grad(z.gather(1, probes.label[:, None]).sum(), leaf)
@@ -425,6 +428,36 @@ def test_tables_have_no_pictures_and_no_grad_cam_but_drift(tmp_path: Path) -> No
     events = EventAccumulator(str(logger.log_dir))
     events.Reload()
     assert not events.Tags()["images"]
+
+
+class VisionTransformer(zoo.ListBatch):
+    """Patches of 2x2, a class token, two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, 8, 2, stride=2)
+        self.token = nn.Parameter(torch.zeros(1, 1, 8))
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), tokens], dim=1)
+        return self.head(self.encoder(tokens)[:, 0])
+
+
+def test_a_vision_transformer_has_maps_by_gradients_by_activations_and_by_attention() -> None:
+    methods = ["gradient", "integrated_gradients", "gradcam", "layercam", "attention_rollout"]
+    callback = SaliencySnapshots(methods, samples=4, strict=True)
+    trainer = fit(zoo.built(VisionTransformer), callback, max_epochs=2)
+    films = callback.sets.first("val").films
+    assert films.keys() == set(methods)
+    for method in methods:
+        maps = films[method].shown()[-1][1]
+        assert maps.shape == (4, 8, 8)
+        assert bool(maps.flatten(1).std(1).gt(0).any())
+        assert f"saliency/val_{method}/iou10_to_anchor" in trainer.callback_metrics
 
 
 class NoConvolution(zoo.ListBatch):
@@ -443,7 +476,7 @@ def test_without_a_convolution_grad_cam_is_left_out_with_one_warning() -> None:
 def test_a_layer_can_be_named_and_a_wrong_name_stops_before_training() -> None:
     callback, moments = SaliencySnapshots(["gradcam"], samples=4, layer="net.0"), Moments()
     fit(zoo.built(Net), callback, moments)
-    probes = callback._probes["val"]
+    probes = callback.sets.first("val").probes
     named, found = (
         maps_by_hand(loaded(Net, moments.states[-1]), probes.x, probes.label, layer)["gradcam"]
         for layer in ("net.0", "net.2")
@@ -472,7 +505,7 @@ class OneLogit(zoo.ListBatch):
 def test_a_yes_no_head_is_explained_for_the_answer_that_is_right() -> None:
     callback, moments = SaliencySnapshots(["integrated_gradients"], samples=6), Moments()
     fit(zoo.built(OneLogit), callback, moments, training=data(64, 0, classes=2), validation=data(classes=2))
-    probes = callback._probes["val"]
+    probes = callback.sets.first("val").probes
     assert probes.label.tolist() == [0, 0, 0, 1, 1, 1]
     module = loaded(OneLogit, moments.states[-1]).eval()
     maps = IntegratedGradients(module).attribute(probes.x, n_steps=16, method="riemann_middle").sum(1)
@@ -500,7 +533,7 @@ class LogSoftmax(Net):
 def test_a_log_softmax_head_is_explained_as_it_is() -> None:
     callback, moments = SaliencySnapshots(METHODS, samples=4), Moments()
     fit(zoo.built(LogSoftmax), callback, moments)
-    probes = callback._probes["val"]
+    probes = callback.sets.first("val").probes
     expected = maps_by_hand(loaded(LogSoftmax, moments.states[-1]), probes.x, probes.label)
     for method in METHODS:
         assert_maps(last_maps(callback, method), expected[method])
@@ -527,7 +560,7 @@ def test_samples_without_a_label_are_no_probes() -> None:
     y = torch.where(torch.arange(len(y)) % 2 == 0, -100, y)
     callback = SaliencySnapshots(METHODS, samples=30)
     fit(zoo.built(Net), callback, validation=DataLoader(TensorDataset(x, y), 16))
-    assert sorted(callback._probes["val"].index.tolist()) == list(range(1, 60, 2))
+    assert sorted(callback.sets.first("val").probes.index.tolist()) == list(range(1, 60, 2))
 
 
 class OddValidation(Net):
@@ -549,7 +582,7 @@ def test_a_step_that_writes_into_its_batch_and_has_no_loss_is_explained_all_the_
 
     callback, moments = SaliencySnapshots(METHODS, samples=4), Moments()
     fit(zoo.built(OddValidation), callback, moments, training=loader(0), validation=[loader(1), loader(2)])
-    probes = callback._probes["val"]
+    probes = callback.sets.first("val").probes
     assert torch.equal(probes.x, data().dataset.tensors[0][probes.index])
     module = loaded(OddValidation, moments.states[-1]).eval()
     leaf = probes.x.clone().requires_grad_()
@@ -569,7 +602,7 @@ def test_averaged_weights_are_explained_where_validation_measures_them(last: boo
 
     callbacks = [average, callback, moments, Trained()]
     fit(zoo.built(Net), *(reversed(callbacks) if last else callbacks), max_epochs=2)
-    probes = callback._probes["val"]
+    probes = callback.sets.first("val").probes
     expected = maps_by_hand(loaded(Net, moments.states[1]), probes.x, probes.label)
     for method in METHODS:
         assert_maps(last_maps(callback, method), expected[method])
@@ -650,7 +683,7 @@ def test_settings_out_of_range_are_refused(make: Callable[[], Any], says: str) -
 def test_a_probe_set_larger_than_a_batch_and_than_the_data_is_explained() -> None:
     callback, moments = SaliencySnapshots(["gradient"], samples=40), Moments()
     fit(zoo.built(Net), callback, moments, validation=data(30, batch_size=7))
-    probes = callback._probes["val"]
+    probes = callback.sets.first("val").probes
     assert len(probes) == 30
     expected = maps_by_hand(loaded(Net, moments.states[-1]), probes.x, probes.label)["gradient"]
     assert_maps(last_maps(callback, "gradient"), expected)
@@ -661,13 +694,13 @@ def test_one_callback_serves_a_second_run_from_its_own_anchor() -> None:
     fit(zoo.built(Net), callback)
     fit(zoo.built(Net), callback, moments)
     assert moments.logged[0]["saliency/val_gradient/iou10_to_anchor"] == 1
-    assert len(callback._history["val"]) == 3
+    assert len(callback.sets.first("val").history) == 3
 
 
 def test_two_processes_explain_the_samples_and_log_the_numbers_of_one(tmp_path: Path) -> None:
     script, result = Path(__file__).parent / "two_processes_saliency.py", tmp_path / "result.json"
     subprocess.run([sys.executable, script, "snapshots", result], check=True, timeout=240, capture_output=True)
     found = json.loads(result.read_text())
-    assert len(found["1"]) == 1 + 2 * 4 + 6
+    assert len(found["1"]) == 1 + 2 * (2 * 5 + 4 * 4 + 2 + 2 + 1) + 6
     assert found["2"] == pytest.approx(found["1"], abs=1e-6)
     assert found["1"]["saliency/val_gradient/iou10_to_anchor"] < 0.9

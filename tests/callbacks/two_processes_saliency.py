@@ -1,4 +1,4 @@
-"""Saliency in two gloo processes, as a script: ``python two_processes_saliency.py penalty|snapshots RESULT.json``."""
+"""Saliency in two gloo processes, as a script: ``two_processes_saliency.py penalty|snapshots|sets RESULT.json``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from lightning_robust import (
     SaliencySnapshots,
     ThreatModel,
 )
+from lightning_robust.callbacks.random_fill import RandomFill
+from lightning_robust.penalties import AttributionPrior, JacobianPenalty, SaliencyConsistency, SaliencyGuided
 
 SAMPLES = 61
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -88,6 +90,38 @@ def penalty() -> dict[str, Any]:
             "to one process": float((one - two).abs().max()),
             "to plain": float((two - plain).abs().max()),
         }
+    return found | others()
+
+
+def others() -> dict[str, Any]:
+    """The other penalties beside an attack; with as many projections as outputs chance has no part in the Jacobian."""
+    found = {}
+    plain, _ = fit(1, [], DataLoader(data(64), 64), epochs=4)
+    exact: Any = JacobianPenalty(10, "double_backward")
+    for name, kinds in {
+        "jacobian": [exact],
+        "all": [SaliencyGuided(), AttributionPrior(), SaliencyConsistency()],
+    }.items():
+
+        def callbacks(name: str = name, kinds: list[Any] = kinds) -> list[Any]:
+            attack = [AdversarialTraining(PGD(ThreatModel("linf", 0.1), steps=2))] if name == "all" else []
+            fill = [RandomFill(2)] if name == "all" else []
+            weights: list[Any] = ["auto"] if name == "jacobian" else [1.0, "auto", 1.0]
+            penalties = [SaliencyRegularization(k, w, warmup_epochs=40) for k, w in zip(kinds, weights, strict=True)]
+            return [*attack, *fill, *penalties, Gathered()]
+
+        masked = TensorDataset(*data(64).tensors, (torch.arange(64) % 8 < 3).float().expand(64, 1, 8, 64)[..., :8])
+        one, alone = fit(1, callbacks(), DataLoader(masked, 64), epochs=4)
+        two, metrics = fit(2, callbacks(), DataLoader(masked, 32), epochs=4)
+        found[name] = {
+            "between processes": metrics["gap"],
+            "to one process": float((one - two).abs().max()),
+            "to plain": float((two - plain).abs().max()),
+            # Of one process the mean over both is its own, if both have the same.
+            "weights": max(abs(v - alone[k]) / alone[k] for k, v in metrics.items() if k.endswith("jacobian_weight"))
+            if name == "jacobian"
+            else 0.0,
+        }
     return found
 
 
@@ -101,7 +135,7 @@ def snapshots() -> dict[str, Any]:
             """Fails the run if processes explain other samples; what they are goes home in the metrics."""
 
             def on_train_epoch_end(self, trainer: Any, pl_module: Any, callback: Any = callback) -> None:
-                numbers = callback._probes["val"].index.double()
+                numbers = callback.sets.first("val").probes.index.double()
                 for row in trainer.strategy.all_gather(numbers).view(-1, len(numbers)):
                     assert torch.equal(row, numbers)
                 for place, number in enumerate(numbers.float()):
@@ -113,10 +147,37 @@ def snapshots() -> dict[str, Any]:
     return found
 
 
+def sets() -> dict[str, Any]:
+    """All kinds of probe sets, with masks, chosen by one process and by two."""
+    found: dict[str, Any] = {}
+    for processes in (1, 2):
+        callback = SaliencySnapshots(
+            ["gradient"],
+            samples=5,
+            probes=["stratified", "hardest", "confident_wrong"],
+            extra={"other": TensorDataset(torch.rand(9, 1, 8, 8, generator=torch.Generator().manual_seed(4)))},
+            attack=PGD(ThreatModel("linf", 0.1), steps=2),
+            budget=1e-9,
+        )
+
+        class Keeping(pl.Callback):
+            def on_train_epoch_end(self, trainer: Any, pl_module: Any, callback: Any = callback) -> None:
+                for name, watched in callback.sets.of("val").items():
+                    for place, number in enumerate(watched.probes.index.tolist()):
+                        pl_module.log(f"index_{name}_{place}", float(number), sync_dist=True)
+
+        training = DataLoader(data(64), 64 // processes)
+        _, metrics = fit(processes, [callback, Keeping()], training, DataLoader(data(), 8), epochs=2)
+        chosen = {key: value for key, value in metrics.items() if key.startswith("index")}
+        own = {key: value for key, value in metrics.items() if key.startswith("saliency")}
+        found[str(processes)] = {"indices": chosen, "metrics": own}
+    return found
+
+
 def main(what: str, result: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    result.write_text(json.dumps(penalty() if what == "penalty" else snapshots()))
+    result.write_text(json.dumps({"penalty": penalty, "snapshots": snapshots, "sets": sets}[what]()))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from lightning_robust.penalties import InputGradientPenalty
-from lightning_robust.penalties.preflight import preflight
+from lightning_robust.penalties import (
+    AttributionPrior,
+    InputGradientPenalty,
+    JacobianPenalty,
+    RightReasons,
+    SaliencyConsistency,
+    SaliencyGuided,
+)
+from lightning_robust.penalties.preflight import preflight, way_around
 
 X, Y = torch.randn(4, 6, 8), torch.arange(4) % 3
 EXACT, FINITE = InputGradientPenalty(method="double_backward"), InputGradientPenalty()
@@ -46,8 +53,12 @@ def transformer() -> Net:
     return Net(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)).train()
 
 
+TWICE = [AttributionPrior(), SaliencyConsistency(), JacobianPenalty(method="double_backward")]
+ONCE = [SaliencyGuided(), JacobianPenalty()]
+
+
 def tried(penalty: Callable[..., Tensor], net: Any, **settings: Any) -> None:
-    preflight(lambda: penalty(net, X, Y, **settings), net.parameters(), "input_gradient")
+    preflight(lambda: penalty(net, X, Y, **settings), net.parameters(), "input_gradient", way_around(penalty))
 
 
 @pytest.fixture
@@ -110,6 +121,47 @@ def test_attributions_from_captum_reach_no_parameter(method: Any) -> None:
         RuntimeError, match=r"^captum reaches 0 of 6 trainable parameters.*captum are not differentiable"
     ):
         preflight(lambda: method(net).attribute(x, target=Y).square().mean(), net.parameters(), "captum")
+
+
+@pytest.mark.parametrize("penalty", TWICE, ids=lambda p: p.name)
+def test_attention_stops_what_needs_second_derivatives_and_the_remedy_is_one_that_penalty_has(penalty: Any) -> None:
+    remedy = "method='finite_differences'" if penalty.name == "jacobian" else "another penalty .SaliencyGuided, or Jac"
+    with pytest.raises(RuntimeError, match=rf"SDPBackend.MATH\), or use {remedy}"):
+        tried(penalty, transformer())
+    with sdpa_kernel(SDPBackend.MATH):
+        tried(penalty, transformer())
+
+
+@pytest.mark.parametrize("penalty", ONCE, ids=lambda p: p.name)
+def test_attention_does_not_stop_what_needs_first_derivatives(penalty: Any) -> None:
+    tried(penalty, transformer())
+
+
+@pytest.mark.parametrize("penalty", TWICE, ids=lambda p: p.name)
+def test_a_compiled_network_stops_what_needs_second_derivatives(penalty: Any, compiled: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"A compiled network has no second derivative\. Use "):
+        tried(penalty, compiled)
+
+
+@pytest.mark.parametrize("penalty", ONCE, ids=lambda p: p.name)
+def test_a_compiled_network_trains_by_first_derivatives(penalty: Any, compiled: Any) -> None:
+    leaf = X.clone().requires_grad_()
+    torch.autograd.grad(compiled(leaf).sum(), leaf)
+    tried(penalty, compiled, reuse=False)
+
+
+@pytest.mark.parametrize("penalty", [*TWICE, *ONCE], ids=lambda p: p.name)
+def test_reentrant_checkpoints_stop_every_penalty_with_the_way_out(penalty: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"Call torch.utils.checkpoint.checkpoint\(..., use_reentrant=False\)"):
+        tried(penalty, Net(Checkpointed(reentrant=True)))
+    tried(penalty, Net(Checkpointed(reentrant=False)))
+
+
+def test_the_way_around_is_a_setting_where_the_penalty_has_it() -> None:
+    assert {way_around(p) for p in (RightReasons(), EXACT, FINITE, JacobianPenalty(), len)} == {
+        "method='finite_differences'"
+    }
+    assert "SaliencyGuided" in way_around(SaliencyConsistency())
 
 
 def test_frozen_parameters_do_not_count() -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lightning_robust.saliency import Film, drift, quantised
 
+NAMES = ("iou10", "cosine", "spearman", "ssim", "centre_shift")
+
 
 def snapshots(n: int, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -32,7 +34,7 @@ def test_drift_is_measured_to_the_first_and_to_the_one_before_in_eight_bits() ->
             expected = drift(quantised(now).maps(), quantised(earlier).maps())
             for name, values in expected.items():
                 assert moved[f"{name}_to_{since}"] == float(values.mean())
-        assert len(moved) == 4
+        assert len(moved) == 10
     assert len(film) == 12
 
 
@@ -40,9 +42,28 @@ def test_the_first_snapshot_and_one_that_is_repeated_have_not_moved() -> None:
     (first,) = snapshots(1)
     film = Film()
     for caption in ("first", "again"):
-        assert film.add(caption, first) == {
-            f"{name}_to_{since}": 1.0 for name in ("iou10", "cosine") for since in ("anchor", "previous")
-        }
+        moved = film.add(caption, first)
+        assert moved.keys() == {f"{name}_to_{since}" for name in NAMES for since in ("anchor", "previous")}
+        assert all(value == (0 if "centre" in name else 1) for name, value in moved.items())
+
+
+def test_skills_are_nil_at_the_null_one_at_the_floor_and_in_between_in_proportion() -> None:
+    anchor, null, noisy, now = snapshots(4)
+    noisy = anchor + 0.05 * noisy
+    film = Film()
+    assert film.skills(film.add("first", anchor)) == {}
+    film.calibrate(null, noisy)
+    for maps, expected in ((null, 0.0), (noisy, 1.0)):
+        other = Film.from_dict(film.to_dict())
+        found = other.skills(other.add("now", maps))
+        assert found["iou10_skill_to_anchor"] == pytest.approx(expected)
+        assert found["cosine_skill_to_previous"] == pytest.approx(expected)
+    moved = film.add("now", 0.5 * anchor + 0.5 * now)
+    found = film.skills(moved)
+    for name in ("iou10", "cosine", "spearman", "ssim"):
+        low, high = found[f"{name}_null"], found[f"{name}_floor"]
+        assert found[f"{name}_skill_to_anchor"] == pytest.approx((moved[f"{name}_to_anchor"] - low) / (high - low))
+    assert not any("centre" in name for name in found)
 
 
 def test_maps_come_back_within_half_a_step_of_eight_bits() -> None:

@@ -171,7 +171,9 @@ def test_a_narrow_strip_has_the_legend_on_several_lines() -> None:
     assert one.shape[1] - (BAND + SIDE) >= GAP + 3 * 15 + 5
 
 
-@pytest.mark.parametrize(("side", "shown"), [(8, 112), (28, 112), (96, 192), (200, 200), (512, 256), (600, 200)])
+@pytest.mark.parametrize(
+    ("side", "shown"), [(8, 112), (28, 112), (96, 192), (200, 200), (224, 112), (512, 128), (600, 120)]
+)
 def test_tiles_are_large_enough_to_be_seen_and_small_enough_to_be_stored(side: int, shown: int) -> None:
     picture = strip([noise(1, side)] * 2)
     assert picture.shape[2] == max(LEFT, shown) + 3 * (GAP + shown)

@@ -1,212 +1,244 @@
-"""Attribution maps against hand-written gradients, closed forms and captum's own quadrature."""
+"""What all saliency methods keep to, on nets of all kinds, and what counts as a method."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from captum.attr import IntegratedGradients
+from captum.attr import LRP, DeepLift, GuidedBackprop, NoiseTunnel, Saliency
+from saliency.small_nets import (
+    PICTURES,
+    SIGNALS,
+    TABLE,
+    TARGET,
+    FeatureTokens,
+    FunctionalCnn,
+    ViT,
+    cnn,
+    mlp,
+    with_seeded_weights,
+)
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lightning_robust.randomness import RandomState, seeded
-from lightning_robust.saliency import METHODS, gradcam, gradient, integrated_gradients, method_named
-
-
-def rand(*shape: int) -> Tensor:
-    return torch.rand(shape, generator=seeded(*shape))
+from lightning_robust.randomness import RandomState
+from lightning_robust.saliency import last_feature_map
+from lightning_robust.saliency.methods import METHODS, as_method, gradient, method_named, smoothgrad
 
 
-def cnn(inplace: bool = False) -> nn.Sequential:
-    layers = [
-        *(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=inplace), nn.MaxPool2d(2)),
-        *(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(inplace=inplace), nn.AdaptiveAvgPool2d(1)),
-        *(nn.Flatten(), nn.Linear(6, 5)),
-    ]
-    return seeded_weights(nn.Sequential(*layers))
+def signals() -> nn.Module:
+    layers = [nn.Conv1d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(3), nn.Flatten(), nn.Linear(12, 5)]
+    return with_seeded_weights(nn.Sequential(*layers))
 
 
-def seeded_weights(net: nn.Sequential) -> nn.Sequential:
-    generator = seeded(7)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
-    return net
+NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "cnn": (cnn, PICTURES),
+    "cnn in place": (lambda: cnn(inplace=True), PICTURES),
+    "cnn of functions": (lambda: with_seeded_weights(FunctionalCnn()), PICTURES),
+    "cnn of gelu": (lambda: cnn(activation=nn.GELU), PICTURES),
+    "yes/no cnn": (lambda: cnn(1), PICTURES),
+    "vit, class token": (lambda: with_seeded_weights(ViT()), PICTURES),
+    "vit, tokens first": (lambda: with_seeded_weights(ViT(kind="torch, tokens first")), PICTURES),
+    "vit, own attention": (lambda: with_seeded_weights(ViT(kind="own")), PICTURES),
+    "vit, mean": (lambda: with_seeded_weights(ViT(extra=0)), PICTURES),
+    "signals": (signals, SIGNALS),
+    "mlp": (mlp, TABLE),
+    "yes/no mlp": (lambda: mlp(1), TABLE),
+    "table of tokens": (lambda: with_seeded_weights(FeatureTokens()), TABLE),
+}
+ANYWHERE = ("gradient", "input_x_gradient", "integrated_gradients", "smoothgrad", "occlusion")
+CNNS = ("cnn", "cnn in place", "cnn of functions", "cnn of gelu", "yes/no cnn")
+VITS = ("vit, class token", "vit, tokens first", "vit, own attention", "vit, mean")
+RULES = ("cnn", "cnn in place", "yes/no cnn", "signals", "mlp", "yes/no mlp")
+FITTING = {
+    **dict.fromkeys(ANYWHERE, tuple(NETS)),
+    **dict.fromkeys(("gradcam", "layercam"), (*CNNS, *VITS)),
+    "hidden_tiles": (*CNNS, *VITS),
+    "attention_rollout": (*VITS, "table of tokens"),
+    **dict.fromkeys(("deep_lift", "lrp"), RULES),
+}
+PAIRS = [(method, net) for method, nets in FITTING.items() for net in nets]
+each = pytest.mark.parametrize(("method", "kind"), PAIRS, ids=lambda text: text.replace(" ", "_"))
+# One net for each method, where the net does not matter.
+ONE = [(method, nets[0]) for method, nets in FITTING.items()]
+one = pytest.mark.parametrize(("method", "kind"), ONE)
 
 
-def smooth() -> nn.Sequential:
-    return seeded_weights(nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3)))
+def case(kind: str) -> tuple[nn.Module, Tensor, Tensor]:
+    make, x = NETS[kind]
+    return make(), x, TARGET.clamp(max=1) if kind.startswith("yes/no") else TARGET
 
 
-X, TARGET = rand(4, 3, 8, 8), torch.tensor([0, 4, 2, 2])
+def maps_of(method: str, net: nn.Module, x: Tensor, target: Tensor, **more: Any) -> Tensor:
+    function = METHODS[method]
+    takes = inspect.signature(function).parameters
+    if "layer" in takes:
+        name = last_feature_map(net, lambda: net(x))
+        assert name is not None
+        more["layer"] = net.get_submodule(name)
+    if "module" in takes:
+        more["module"] = net
+    if "samples" in takes:
+        more["samples"] = 4  # enough for what is asked here
+    return function(net, x, target, **more)
 
 
-def maps_of(name: str, net: nn.Sequential, x: Tensor, target: Tensor) -> Tensor:
-    return METHODS[name](net, x, target, *([net[4]] if name == "gradcam" else []))
+def close(maps: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(maps, expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
 
 
-def test_gradients_are_those_written_by_hand() -> None:
-    net, x = cnn(), X.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(net(x)[range(4), TARGET].sum(), x)
-    assert torch.equal(gradient(net, X, TARGET), expected.abs().sum(1))
+def test_every_method_is_tried() -> None:
+    assert sorted(FITTING) == sorted(METHODS)
 
 
-def test_gradcam_is_the_feature_map_weighted_by_its_mean_gradient_and_enlarged() -> None:
-    net = cnn()
-    features = net[:5](X)
-    (slopes,) = torch.autograd.grad(net[5:](features)[range(4), TARGET].sum(), features)
-    coarse = (slopes.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).relu()
-    expected = F.interpolate(coarse, (8, 8), mode="bilinear", align_corners=False)[:, 0]
-    maps = gradcam(net, X, TARGET, net[4])
-    torch.testing.assert_close(maps, expected, rtol=0, atol=0)
-    assert 0 < float((maps > 0).float().mean()) < 1
+@each
+def test_maps_are_over_the_input_and_do_not_depend_on_chunks(method: str, kind: str) -> None:
+    net, x, target = case(kind)
+    maps = maps_of(method, net, x, target)
+    assert (maps.dtype, maps.requires_grad) == (torch.float32, False)
+    assert maps.shape == (x.shape if x.ndim == 2 else (len(x), *x.shape[2:]))
+    assert bool(maps.isfinite().all())
+    for size in (1, 3):
+        close(maps_of(method, net, x, target, chunk_size=size), maps)
 
 
-def test_gradcam_before_an_activation_in_place_sees_what_the_convolution_returned() -> None:
-    plain, inplace = cnn(), cnn(inplace=True)
-    assert torch.equal(gradcam(inplace, X, TARGET, inplace[3]), gradcam(plain, X, TARGET, plain[3]))
-
-
-def test_integrated_gradients_of_a_linear_model_are_weight_times_distance_from_the_baseline() -> None:
-    weight = torch.tensor([[1.0, -2.0], [3.0, 4.0], [0.0, 5.0]])
-    x, target = torch.tensor([[1.0, 0.5], [2.0, -1.0]]), torch.tensor([1, 0])
-    rows = weight[:, target].T
-    assert torch.equal(integrated_gradients(lambda x: F.pad(x, (0, 1)) @ weight, x, target), x * rows[:, :2])
-    moved = integrated_gradients(lambda x: F.pad(x, (0, 1)) @ weight, x, target, baseline=torch.tensor([1.0, 0.25]))
-    assert torch.equal(moved, (x - torch.tensor([1.0, 0.25])) * rows[:, :2])
-
-
-def test_integrated_gradients_agree_with_captums_fifty_gauss_legendre_points_on_a_smooth_net() -> None:
-    net, x, target = smooth(), rand(5, 12), torch.tensor([0, 1, 2, 0, 1])
-    expected = IntegratedGradients(net).attribute(x, target=target)
-    maps = integrated_gradients(net, x, target)
-    torch.testing.assert_close(maps, expected.float(), rtol=0, atol=2e-3 * float(expected.abs().max()))
-    default = integrated_gradients(net, x, target, steps=50, method="gausslegendre")
-    torch.testing.assert_close(default, expected.float())
-
-
-def test_integrated_gradients_are_complete_and_more_steps_make_them_more_so() -> None:
-    net, x, target = smooth().double(), rand(5, 12).double(), torch.tensor([0, 1, 2, 0, 1])
-    rise = (net(x) - net(torch.full_like(x, 0.5)))[range(5), target].detach()
-
-    def error(steps: int) -> float:
-        return float((integrated_gradients(net, x, target, steps=steps, baseline=0.5).sum(1) - rise).abs().max())
-
-    assert error(16) < 1e-3 * float(rise.abs().max())
-    # The midpoint rule is of second order: four times the steps, a sixteenth of the error.
-    assert error(4) / error(16) == pytest.approx(16, rel=0.15)
-
-
-@pytest.mark.parametrize("method", ["riemann_middle", "riemann_trapezoid", "gausslegendre"])
-def test_integrated_gradients_never_run_more_than_one_batch_at_once(method: str) -> None:
-    net, sizes = smooth(), []
-
-    def logits_fn(x: Tensor) -> Tensor:
-        sizes.append(len(x))
-        return net(x)
-
-    integrated_gradients(logits_fn, rand(5, 12), torch.zeros(5, dtype=torch.long), method=method)
-    assert sizes == [5] * 16
-
-
-@pytest.mark.parametrize("shape", [(), (1,)])
-def test_one_yes_or_no_logit_is_class_one_and_its_negative_class_zero(shape: tuple[int, ...]) -> None:
-    weight = torch.tensor([1.0, -2.0, 4.0])
-    x = torch.ones(2, 3)
-    signed = integrated_gradients(lambda x: (x @ weight).view(-1, *shape), x, torch.tensor([1, 0]))
-    assert torch.equal(signed, torch.stack([weight, -weight]))
-    assert torch.equal(gradient(lambda x: (x @ weight).view(-1, *shape), x, torch.tensor([1, 0])), weight.abs() * x)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 5, 7), (2, 3, 9), (2, 6)])
-def test_channels_are_summed_and_other_dimensions_stay(shape: tuple[int, ...]) -> None:
-    x, weight = rand(*shape), torch.randn(shape[1:], generator=seeded(1))
-
-    def logits_fn(x: Tensor) -> Tensor:
-        z = (x * weight).flatten(1).sum(1)
-        return torch.stack([z, 2 * z], 1)
-
-    over_channels = (lambda t: t) if len(shape) == 2 else (lambda t: t.sum(1))
-    target = torch.tensor([1, 1])
-    slope = 2 * weight.expand(shape)
-    torch.testing.assert_close(gradient(logits_fn, x, target), over_channels(slope.abs()))
-    torch.testing.assert_close(integrated_gradients(logits_fn, x, target), over_channels(slope * x))
-
-
-def test_gradcam_of_a_signal_is_enlarged_along_it() -> None:
-    net = seeded_weights(nn.Sequential(nn.Conv1d(2, 3, 3, stride=2), nn.Flatten(), nn.Linear(15, 2)))
-    x, target = rand(3, 2, 11), torch.tensor([0, 1, 0])
-    features = net[:1](x)
-    (slopes,) = torch.autograd.grad(net[1:](features)[range(3), target].sum(), features)
-    coarse = (slopes.mean(2, keepdim=True) * features).sum(1, keepdim=True).relu()
-    assert torch.equal(gradcam(net, x, target, net[0]), F.interpolate(coarse, 11, mode="linear")[:, 0])
+@one
+def test_a_sample_has_the_same_map_alone_and_at_another_place(method: str, kind: str) -> None:
+    net, x, target = case(kind)
+    maps = maps_of(method, net, x, target)
+    close(maps_of(method, net, x[2:3], target[2:3]), maps[2:3])
+    close(maps_of(method, net, x.flip(0), target.flip(0)).flip(0), maps)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("name", METHODS)
-def test_maps_are_the_same_where_gradients_are_off(name: str, context: Callable[[], torch.no_grad]) -> None:
-    net = cnn()
-    expected = maps_of(name, net, X, TARGET)
+@one
+def test_maps_are_the_same_where_gradients_are_off(method: str, kind: str, context: Callable[[], Any]) -> None:
+    net, x, target = case(kind)
+    expected = maps_of(method, net, x, target)
     with context():
-        x, target = X.clone(), TARGET.clone()  # inference tensors, in inference mode
-        maps = maps_of(name, net, x, target)
-        assert torch.equal(x, X)
-    assert torch.equal(maps, expected)
+        inside, wanted = x.clone(), target.clone()  # inference tensors, in inference mode
+        maps = maps_of(method, net, inside, wanted)
+        assert torch.equal(inside, x)
+    close(maps, expected)
     assert not maps.is_inference()
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_nothing_is_left_behind(name: str) -> None:
-    net, x = cnn(), X.clone().requires_grad_()
+@each
+def test_nothing_is_left_behind(method: str, kind: str) -> None:
+    net, x, target = case(kind)
+    x = x.clone().requires_grad_()
+    attributes = [{name: copy.copy(value) for name, value in vars(part).items()} for part in net.modules()]
+    storage = [(p.data_ptr(), p._version, p.clone()) for p in net.parameters()]
     random = RandomState.capture()
-    maps = maps_of(name, net, x, TARGET)
+    maps_of(method, net, x, target)
     assert random.is_current()
-    assert torch.equal(x, X)
     assert x.grad is None
     assert all(parameter.grad is None for parameter in net.parameters())
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
-    assert (maps.dtype, maps.requires_grad, maps.shape) == (torch.float32, False, (4, 8, 8))
+    assert [dict(vars(part)) for part in net.modules()] == attributes
+    for parameter, (place, version, value) in zip(net.parameters(), storage, strict=True):
+        assert (parameter.data_ptr(), parameter._version) == (place, version)
+        assert torch.equal(parameter, value)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_frozen_nets_and_double_precision_have_maps_too(name: str) -> None:
-    net = cnn()
-    expected = maps_of(name, net, X, TARGET)
-    maps = maps_of(name, net.double().requires_grad_(False), X.double(), TARGET)
+@one
+def test_frozen_nets_and_double_precision_have_maps_too(method: str, kind: str) -> None:
+    net, x, target = case(kind)
+    expected = maps_of(method, net, x, target)
+    maps = maps_of(method, net.double().requires_grad_(False), x.double(), target)
     assert maps.dtype == torch.float32
-    torch.testing.assert_close(maps, expected)
+    close(maps, expected)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_sample_has_the_same_map_alone_and_in_a_batch(name: str) -> None:
-    net = cnn()
-    alone = torch.cat([maps_of(name, net, X[i : i + 1], TARGET[i : i + 1]) for i in range(4)])
-    torch.testing.assert_close(alone, maps_of(name, net, X, TARGET))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"attention_rollout", "gradcam", "hidden_tiles", "layercam"}))
+def test_no_is_the_negative_of_yes(method: str) -> None:
+    net, x, _ = case("yes/no cnn")
+    yes, no = (maps_of(method, net, x, torch.full((4,), label)) for label in (1, 0))
+    close(no, yes if method in ("gradient", "smoothgrad") else -yes)
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_gradcam_refuses_tokens_and_flat_features(place: int) -> None:
-    class Tokens(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.flatten(2).transpose(1, 2)
-
-    net = nn.Sequential(Tokens(), nn.Flatten(), nn.Linear(192, 5))
-    with pytest.raises(ValueError, match=r"output is \(M, K, ...\) like the input \(4, 3, 8, 8\)"):
-        gradcam(net, X, TARGET, net[place])
-
-
-def test_what_cannot_be_explained_is_refused() -> None:
-    net = cnn()
+@one
+def test_what_cannot_be_explained_is_refused(method: str, kind: str) -> None:
+    net, x, target = case(kind)
+    layer = {"layer": net} if "layer" in inspect.signature(METHODS[method]).parameters else {}
+    layer |= {"module": net} if "module" in inspect.signature(METHODS[method]).parameters else {}
+    run = functools.partial(METHODS[method], **layer)
     with pytest.raises(ValueError, match=r"floating point inputs \(N, ...\), got torch.int64 \(4, 7\)"):
-        gradient(net, torch.zeros(4, 7, dtype=torch.long), TARGET)
+        run(net, torch.zeros(4, 7, dtype=torch.long), target)
     with pytest.raises(ValueError, match=r"one target class per sample, \(4,\), got \(3,\)"):
-        gradient(net, X, TARGET[:3])
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        integrated_gradients(net, X, TARGET, steps=0)
+        run(net, x, target[:3])
+    with pytest.raises(ValueError, match="at least one input to explain"):
+        run(net, x[:0], target[:0])
+    with pytest.raises(ValueError, match="chunk_size= is the number of samples a forward, at least 1"):
+        run(net, x, target, chunk_size=0)
 
 
 def test_methods_have_names_and_a_wrong_one_gets_the_nearest() -> None:
-    assert [method_named(name) for name in METHODS] == [gradient, integrated_gradients, gradcam]
+    assert [method_named(name) for name in METHODS] == list(METHODS.values())
     with pytest.raises(ValueError, match=r"got 'grad-cam'\. Did you mean 'gradcam'\?"):
         method_named("grad-cam")
+    with pytest.raises(ValueError, match=r"got 'grad-cam'\. Did you mean 'gradcam'\?"):
+        as_method("grad-cam")
+
+
+def own(logits_fn: Any, x: Tensor, target: Tensor, *, seed: int, scale: float = 2.0) -> Tensor:
+    return scale * x + seed
+
+
+def test_a_method_is_a_name_a_function_or_an_attribution_of_captum() -> None:
+    assert as_method("gradcam") == ("gradcam", METHODS["gradcam"])
+    assert as_method(own) == ("own", own)
+    more = functools.partial(smoothgrad, samples=3)
+    assert as_method(more) == ("smoothgrad", more)
+    assert as_method(GuidedBackprop)[0] == "guided_backprop"
+    assert as_method(NoiseTunnel(Saliency(cnn())))[0] == "noise_tunnel"
+    # Of these two there are checked versions.
+    assert as_method(DeepLift) == ("deep_lift", METHODS["deep_lift"])
+    assert as_method(LRP) == ("lrp", METHODS["lrp"])
+
+
+def test_an_object_is_called_by_its_own_name() -> None:
+    class Named:
+        name = "mine"
+
+        def __call__(self, logits_fn: Any, x: Tensor, target: Tensor) -> Tensor:
+            return x
+
+    method = Named()
+    assert as_method(method) == ("mine", method)
+    del Named.name
+    assert as_method(method)[0] == "Named"
+
+
+def test_what_is_no_method_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match=r"must be one of gradient, .* or an attribution of captum; got 3"):
+        as_method(3)
+    with pytest.raises(ValueError, match="or an attribution of captum; got <class 'dict'>"):
+        as_method(dict)
+    with pytest.raises(ValueError, match="'<lambda>' is none: write a function with `def`"):
+        as_method(lambda logits_fn, x, target: x)
+
+    def needy(logits_fn: Any, x: Tensor, target: Tensor, *, mask: Tensor) -> Tensor:
+        return x * mask
+
+    with pytest.raises(ValueError, match=r"needy\(.*missing a required argument: 'mask'"):
+        as_method(needy)
+    assert as_method(functools.partial(needy, mask=torch.ones(1)))[0] == "needy"
+
+    def short(x: Tensor) -> Tensor:
+        return x
+
+    with pytest.raises(ValueError, match="too many positional arguments"):
+        as_method(short)
+
+
+def test_maps_of_a_graph_inside_the_users_own_stay_out_of_it() -> None:
+    net, x, target = case("cnn")
+    loss = net(x).sum()
+    for method in ("gradient", "deep_lift", "lrp"):
+        maps_of(method, net, x, target)
+    loss.backward()  # no weight was touched
+    assert gradient(net, x, target).requires_grad is False

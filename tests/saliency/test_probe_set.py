@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.randomness import RandomState, seeded
-from lightning_robust.saliency import Candidates, ProbeSet
+from lightning_robust.saliency.probe_set import Candidates, Choice, Largest, Listed, ProbeSet, Stratified
 
 N = 500
 INDEX = torch.arange(N)
@@ -21,11 +21,19 @@ def labels(classes: int) -> Tensor:
 
 
 def fed(rows: Tensor, label: Tensor, n: int = 12, batch: int = 50, seed: int = 0) -> Candidates:
-    candidates = Candidates(n, seed)
+    candidates = Candidates(Stratified(n, seed))
     for part in rows.split(batch):
         candidates.offer(INDEX[part], label[part], X[part])
-        assert len(candidates.rows()[0]) <= 2 * n
+        assert len(list(candidates.choice.held())) <= 2 * n
     return candidates
+
+
+def merged(choice: Choice, *parts: Candidates) -> ProbeSet:
+    """What several processes chose together, through tables of numbers."""
+    everything, shapes = Candidates(choice), (X.shape[1:], torch.Size([0]))
+    for part in parts:
+        everything.read(part.table(*shapes), *shapes)
+    return everything.chosen()
 
 
 def same(a: ProbeSet, b: ProbeSet) -> bool:
@@ -44,10 +52,7 @@ def test_batches_order_and_processes_mean_nothing(n: int, classes: int) -> None:
     assert same(fed(shuffled, label, n).chosen(), expected)
     halves = [fed(INDEX[start::2], label, n, batch=13) for start in (0, 1)]
     for one, other in (halves, halves[::-1]):
-        merged = Candidates(n, seed=0)
-        merged.offer(*one.rows())
-        merged.offer(*other.rows())
-        assert same(merged.chosen(), expected)
+        assert same(merged(Stratified(n, seed=0), one, other), expected)
 
 
 @pytest.mark.parametrize(("n", "classes", "shares"), [(12, 4, [3] * 4), (12, 5, [2, 2, 2, 3, 3]), (8, 40, [1] * 8)])
@@ -94,11 +99,9 @@ def test_a_rare_class_is_in_and_leaves_the_rest_of_its_share_empty() -> None:
 
 
 def test_of_nothing_the_choice_is_nothing() -> None:
-    empty, other = Candidates(4, 0), fed(INDEX, labels(3), n=4)
+    empty, other = Candidates(Stratified(4, 0)), fed(INDEX, labels(3), n=4)
     assert len(empty.chosen()) == 0
-    before = other.chosen()
-    other.offer(*empty.rows())
-    assert same(other.chosen(), before)
+    assert same(merged(Stratified(4, 0), empty, other), other.chosen())
 
 
 def test_a_sample_that_comes_twice_counts_once() -> None:
@@ -107,17 +110,15 @@ def test_a_sample_that_comes_twice_counts_once() -> None:
 
 
 def test_what_is_held_is_a_copy_that_survives_the_batch_and_can_be_differentiated() -> None:
-    candidates = Candidates(2, 0)
+    candidates = Candidates(Stratified(2, 0))
     with torch.inference_mode():
         x = torch.ones(2, 3)
         candidates.offer(torch.arange(2), torch.zeros(2), x)
         x.zero_()
         chosen = candidates.chosen()
-        assert not candidates.rows()[2].is_inference()
     assert torch.equal(chosen.x, torch.ones(2, 3))
     assert not chosen.x.requires_grad_().pow(2).sum().is_inference()
-    held = candidates.rows()[2]
-    assert held.untyped_storage().nbytes() == 2 * 3 * 4
+    assert all(sample.x.untyped_storage().nbytes() == 3 * 4 for sample in candidates.choice.held())
 
 
 def test_the_hash_tells_contents_places_and_names() -> None:
@@ -138,6 +139,54 @@ def test_global_random_streams_are_left_alone() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one sample, got n=0"):
-        Candidates(0, 0)
-    with pytest.raises(ValueError, match=r"each of 3 samples, got \(3,\) and \(2,\)"):
-        Candidates(4, 0).offer(INDEX[:3], INDEX[:2], X[:3])
+        Stratified(0, 0)
+    with pytest.raises(ValueError, match="at least one sample, got n=0"):
+        Listed([])
+    with pytest.raises(ValueError, match=r"each of 3 samples, got \(3,\), \(2,\) and \(3,\)"):
+        Candidates(Stratified(4, 0)).offer(INDEX[:3], INDEX[:2], X[:3])
+
+
+SCORE = torch.randn(N, generator=seeded(3))
+
+
+@pytest.mark.parametrize("batch", [1, 7, 101])
+def test_the_largest_scores_are_those_of_a_sort_whatever_the_batches_and_processes(batch: int) -> None:
+    parts = []
+    for start in (0, 1):
+        parts.append(Candidates(Largest(9)))
+        for rows in INDEX[start::2].split(batch):
+            parts[-1].offer(rows, labels(3)[rows], X[rows], SCORE[rows])
+    expected = SCORE.argsort(descending=True)[:9]
+    for pair in (parts, parts[::-1]):
+        found = merged(Largest(9), *pair)
+        assert torch.equal(found.index, expected)
+        assert torch.equal(found.x, X[expected])
+
+
+def test_a_score_that_is_not_finite_is_no_rank() -> None:
+    score = torch.tensor([float("inf"), 1.0, float("nan"), -float("inf")])
+    candidates = Candidates(Largest(4))
+    candidates.offer(INDEX[:4], INDEX[:4], X[:4], score)
+    assert candidates.chosen().index.tolist() == [1]
+
+
+def test_listed_samples_come_in_the_order_of_the_list_and_missing_ones_are_left_out() -> None:
+    candidates = Candidates(Listed([30, 4, 10_000, 4]))
+    for rows in INDEX.flip(0).split(50):
+        candidates.offer(rows, labels(3)[rows], X[rows])
+    assert candidates.chosen().index.tolist() == [30, 4]
+
+
+def test_masks_travel_with_their_samples() -> None:
+    masks = (X[:, 0] > 0.5).float()
+    parts = [Candidates(Stratified(6, 0)) for _ in range(2)]
+    for start, part in enumerate(parts):
+        rows = INDEX[start::2]
+        part.offer(rows, labels(3)[rows], X[rows], region=masks[rows])
+    everything, shapes = Candidates(Stratified(6, 0)), (X.shape[1:], masks.shape[1:])
+    for part in parts:
+        everything.read(part.table(*shapes), *shapes)
+    found = everything.chosen()
+    assert found.region is not None
+    assert torch.equal(found.region, masks[found.index])
+    assert fed(INDEX, labels(3)).chosen().region is None

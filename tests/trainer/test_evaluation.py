@@ -58,7 +58,8 @@ def test_a_fresh_trainer_tests_and_predicts_with_the_temperature_of_the_checkpoi
     fresh, held_out = zoo.built(Slow, seed=7), data(32, seed=5)
     trainer = zoo.trainer(callbacks=[TemperatureScaling(apply=True), CalibrationMonitor(), RobustAccuracy(ATTACK)])
     trainer.test(fresh, held_out, ckpt_path=path, verbose=False)
-    assert float(trainer.callback_metrics["calibration/test/temperature"]) == temperature
+    # Logged values are means over samples in float32, which cost a last bit.
+    assert float(trainer.callback_metrics["calibration/test/temperature"]) == pytest.approx(temperature, rel=2e-7)
     expected = {key.replace("val", "test"): value for key, value in offline(module, held_out).items()}
     assert {key: ours(trainer)[key] for key in expected} == pytest.approx(expected, rel=1e-5)
     predictor = zoo.trainer(callbacks=[TemperatureScaling(apply=True)])
