@@ -39,6 +39,7 @@ class RobustTrainingMixin(_Module):
     Example:
         >>> import pytorch_lightning as pl
         >>> from torch.nn.functional import cross_entropy
+        >>> from lightning_robust import InputGradientPenalty
         >>> class MyModule(RobustTrainingMixin, pl.LightningModule):
         ...     by_hand = True
         ...

@@ -30,7 +30,7 @@ else:
         _bases += (_LightningCallback,)
     _Callback = type("_Callback", _bases, {})
 
-__all__ = ["RobustCallback", "log", "sections", "show_image", "show_or_save", "show_text"]
+__all__ = ["RobustCallback", "log", "logged_step", "sections", "show_image", "show_or_save", "show_text"]
 
 log = logging.getLogger("lightning_robust")
 
@@ -183,20 +183,28 @@ class RobustCallback(_Callback):
             self._undo = []
 
 
-def show_text(trainer: Any, tag: str, text: str) -> None:
-    """Markdown into every logger that takes text; by what it can do, since the two Lightnings have two loggers."""
+def show_text(trainer: Any, tag: str, text: str, *, file: bool = False) -> None:
+    """Markdown into every logger that takes text; by what it can do, since the two Lightnings have two loggers.
+
+    Args:
+        trainer: Its loggers.
+        tag: What it is called.
+        text: Markdown.
+        file: Where no logger takes text, write it into the run's folder instead.
+    """
     if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            if hasattr(getattr(logger, "experiment", None), "add_text"):
-                logger.experiment.add_text(tag, text)
+        takers = _taking(trainer, "add_text")
+        for logger in takers:
+            logger.experiment.add_text(tag, text)
+        if file and not takers:
+            _file(trainer, tag, ".md").write_text(text + "\n")
 
 
 def show_image(trainer: Any, tag: str, picture: Tensor) -> None:
     """A picture ``(3, H, W)`` in [0, 1] into every logger that takes pictures."""
     if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            if hasattr(getattr(logger, "experiment", None), "add_image"):
-                logger.experiment.add_image(tag, picture, trainer.global_step)
+        for logger in _taking(trainer, "add_image"):
+            logger.experiment.add_image(tag, picture, logged_step(trainer))
 
 
 def show_or_save(trainer: Any, tag: str, picture: Tensor) -> None:
@@ -206,15 +214,30 @@ def show_or_save(trainer: Any, tag: str, picture: Tensor) -> None:
     """
     if not trainer.is_global_zero:
         return
-    if any(hasattr(getattr(logger, "experiment", None), "add_image") for logger in trainer.loggers):
+    if _taking(trainer, "add_image"):
         show_image(trainer, tag, picture)
         return
     from PIL import Image  # comes with TensorBoard; needed for pictures alone
 
+    Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy()).save(_file(trainer, tag, ".png"))
+
+
+def logged_step(trainer: Any) -> int:
+    """The step that Lightning gives to what is logged: batches that stepped, however many optimizers there are."""
+    # There is no public name for it. Elsewhere than in these Lightnings the number of optimizer steps will do.
+    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def _taking(trainer: Any, what: str) -> list[Any]:
+    return [logger for logger in trainer.loggers if hasattr(getattr(logger, "experiment", None), what)]
+
+
+def _file(trainer: Any, tag: str, suffix: str) -> Path:
+    """A file of the run that is named after a tag."""
     folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
-    path = Path(next(filter(None, folders), trainer.default_root_dir), *tag.split("/")).with_suffix(".png")
+    path = Path(next(filter(None, folders), trainer.default_root_dir), *tag.split("/"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+    return path.with_name(path.name + suffix)
 
 
 def sections(trainer: Any) -> dict[str, Any]:

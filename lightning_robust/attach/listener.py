@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_robust.attach.batches import copied, get, rebuilt
 from lightning_robust.attach.inputs import Inputs
-from lightning_robust.attach.loaders import evaluation_loaders, true_length
+from lightning_robust.attach.loaders import evaluation_loaders, is_everyones, true_length
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.route import Route, call_at
 from lightning_robust.attach.step import Step
@@ -160,10 +160,12 @@ class Listener:
 
     def _numbers(self, trainer: Any, loader: int, n: int) -> tuple[Tensor, Tensor]:
         world, rank = trainer.world_size, trainer.global_rank
-        # A distributed sampler deals samples like cards: rank, rank + world, ...
-        index = (self._seen.get(loader, 0) + torch.arange(n)) * world + rank
+        source = evaluation_loaders(trainer)[loader][1]
+        index = self._seen.get(loader, 0) + torch.arange(n)
         self._seen[loader] = self._seen.get(loader, 0) + n
-        return index, index < true_length(evaluation_loaders(trainer)[loader][1], world)
+        if world > 1 and not is_everyones(source):
+            index = index * world + rank  # a distributed sampler deals samples like cards: rank, rank + world, ...
+        return index, index < true_length(source, world)
 
     def _route(self, step: Step, loader: int) -> Route:
         if loader == 0:

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, SequentialSampler
 
 from lightning_robust.attach.batches import described, leaves
 from lightning_robust.attach.sharded import NOBODY, is_sharded
 from lightning_robust.attach.step import defines
 from lightning_robust.randomness import untouched_random_state
 
-__all__ = ["evaluation_loaders", "named", "own_batches", "size_of", "transferred", "true_length"]
+__all__ = ["evaluation_loaders", "is_everyones", "named", "own_batches", "size_of", "transferred", "true_length"]
 
 
 def evaluation_loaders(trainer: Any) -> list[tuple[str, Any]]:
@@ -97,6 +97,15 @@ def size_of(batch: Any) -> int:
     if not rows:
         raise ValueError(f"expected a batch with a tensor of samples in it, got {described(batch)}.")
     return mode(rows)  # of several, the first
+
+
+def is_everyones(loader: Any) -> bool:
+    """Whether each process gets all samples in one and the same order (``use_distributed_sampler=False``).
+
+    Known of torch's own samplers alone: a sampler of somebody else's may well deal.
+    """
+    sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    return type(sampler) in (SequentialSampler, RandomSampler) and type(batches) in (BatchSampler, type(None))
 
 
 def true_length(loader: Any, world: int) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ Feed = Callable[[Step], Any]
 Before = Callable[[Step], None]
 Add = Callable[[Step, LossCall | None, RandomState], Mapping[str, Tensor]]
 Under = Callable[[Step], AbstractContextManager[Any]]
-Track = Callable[[Step], Inputs]
+Track = Callable[[Step], Inputs | None]
 
 
 PERTURBED, ROBUST_LOSS = "self.perturbed(batch)", "self.robust_loss(loss)"
@@ -67,6 +67,10 @@ class Running:
         self.unused |= {(handle.owner, ROBUST_LOSS) for handle in by_hand if handle.add is not None}
         self.asked: Any = None
         self.pending = [handle for handle in self.adding if not handle.by_hand]
+        # Under manual optimisation: terms that know no loss call, until they meet a loss of their parameters.
+        self.waiting: list[tuple[Handle, Tensor]] = []
+        blind = any(not handle.watched for handle in self.pending)
+        self.trainable = [p for p in clean.module.parameters() if p.requires_grad] if blind else []
         self.state = RandomState.capture()
         self.constants = _constants(clean.module)
         self.watchers = {handle.loss_index: LossWatcher(handle.loss_index) for handle in self.adding}
@@ -88,7 +92,9 @@ class Running:
         wanted = {
             handle.track(self.fed) for handle in self.adding if handle.track and self._step_of(handle) is self.fed
         }
-        tracked = {inputs: inputs.of(batch).detach().clone().requires_grad_() for inputs in wanted}
+        tracked = {
+            inputs: inputs.of(batch).detach().clone().requires_grad_() for inputs in wanted if inputs is not None
+        }
         self.fed = replace(self.fed, tracked=tracked)
         fed: dict[Path, Tensor] = {}
         for inputs, leaf in tracked.items():
@@ -122,31 +128,62 @@ class Running:
         return self.tracked()
 
     def backward(self, _module: Any, original: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """In the place of ``manual_backward``: what is added goes into the first call behind the loss it is about."""
-        ready = [h for h in self.pending if not h.watched or self.watchers[h.loss_index].call is not None]
-        self.pending = [handle for handle in self.pending if handle not in ready]
-        return original(loss + self.added(ready), *args, **kwargs)
+        """In the place of ``manual_backward``: what is added goes into the first call behind the loss it is about.
+
+        Where that loss cannot be seen, it goes into the first call whose loss trains some of the same parameters:
+        another one may be that of another network (a discriminator).
+        """
+        unseen = [handle for handle in self.pending if not handle.watched]
+        ready = [h for h in self.pending if h.watched and self.watchers[h.loss_index].call is not None]
+        self.pending = [handle for handle in self.pending if handle not in ready and handle not in unseen]
+        total = loss + self.added(ready)
+        with _trained(self.trainable):
+            terms = [(handle, self._term(handle)) for handle in unseen]
+        self.waiting += [(handle, term) for handle, term in terms if isinstance(term, Tensor)]
+        if self.waiting:
+            here = _parameters_of(loss)
+            meets = [bool(here & _parameters_of(term)) for _, term in self.waiting]
+            for (handle, term), met in zip(self.waiting, meets, strict=True):
+                if met:
+                    handle.used, total = True, total + term
+            self.waiting = [entry for entry, met in zip(self.waiting, meets, strict=True) if not met]
+        return original(total, *args, **kwargs)
 
     def added(self, handles: list[Handle]) -> Tensor | float:
         """The sum of what handles add."""
         total: Tensor | float = 0.0
-        with unheard():
-            for handle in handles:
-                if handle.add is None:
-                    continue
+        for handle in handles:
+            if handle.add is not None:
                 handle.used = True
-                step, call = self._step_of(handle), self.watchers[handle.loss_index].call
-                for term in handle.add(step, call if step is self.fed else None, self.state).values():
-                    total = total + term
+                total = total + self._term(handle)
                 self.unused.discard((handle.owner, ROBUST_LOSS))
+        return total
+
+    def _term(self, handle: Handle) -> Tensor | float:
+        """The sum of what one handle adds; 0.0 where that is nothing this time."""
+        total: Tensor | float = 0.0
+        step, call = self._step_of(handle), self.watchers[handle.loss_index].call
+        with unheard():
+            added = {} if handle.add is None else handle.add(step, call if step is self.fed else None, self.state)
+        for term in added.values():
+            total = total + term
         return total
 
     def check_pending(self) -> None:
         """Under manual optimisation: what was to be added must have met a backward pass by now.
 
         Raises:
-            RuntimeError: If a step called its loss, and no ``manual_backward`` behind it.
+            RuntimeError: If a step called its loss, and no ``manual_backward`` behind it; or if no loss that it gave to
+                one trains what a term would train.
         """
+        for handle, _ in self.waiting:
+            if not handle.used:
+                raise RuntimeError(
+                    f"{handle.owner} adds a term to the loss, and no loss that {type(self.fed.module).__name__}."
+                    "training_step (manual optimisation) gave to self.manual_backward trains a parameter that this "
+                    "term trains. Is logits_fn= about the network of that loss, and is the step's first batch one that "
+                    "trains it?"
+                )
         for handle in self.pending:
             seen = not handle.watched or self.watchers[handle.loss_index].call is not None
             if seen and not handle.used:  # once it was added, a step without a backward pass is one that was skipped
@@ -169,6 +206,36 @@ class Running:
 
     def _step_of(self, handle: Handle) -> Step:
         return self.fed if handle.at == "fed" or self.fed.batch is self.clean.batch else self.clean
+
+
+@contextmanager
+def _trained(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """With gradients for all that was trained when the step began, also where its optimizers take turns (toggle)."""
+    off = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in off:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in off:
+            parameter.requires_grad_(False)
+
+
+def _parameters_of(value: Tensor) -> set[int]:
+    """The parameters that a backward pass from here reaches, by ``id``."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    todo: list[Any] = [value.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # of what accumulates the gradient of a leaf
+        if isinstance(variable, nn.Parameter):
+            found.add(id(variable))
+        todo += [following for following, _ in node.next_functions]
+    return found
 
 
 def _constants(module: nn.Module) -> list[tuple[dict[str, Any], str]]:

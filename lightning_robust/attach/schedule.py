@@ -15,6 +15,11 @@ __all__ = ["Weight", "WeightGiven", "epochs_done", "piecewise", "warm"]
 WeightGiven = float | Literal["auto"] | dict[int, float]
 """A number, ``"auto"``, or numbers by epoch."""
 
+_EVEN, _HUGE = (
+    0.9,
+    1000.0,
+)  # a loss that is hardly below that of even predictions, and a weight that then is an accident
+
 
 def epochs_done(trainer: Any, batch_idx: int) -> float:
     """Epochs of training so far, the present batch included; whole ones where their length is not known."""
@@ -62,6 +67,8 @@ class Weight:
         given: A number; ``{epoch: number}``, with straight lines between (:func:`piecewise`); or ``"auto"``: that which
             makes the weighted penalty as large as the loss in the first step in which there is any.
         owner: Who has it, for error messages.
+        gradual: Measure ``"auto"`` over an epoch instead (:meth:`gather`, :meth:`settle`), for penalties that are next
+            to 0 before training: of one step of those weights of thousands would follow.
 
     Attributes:
         given: As it was given.
@@ -79,10 +86,11 @@ class Weight:
         section 3: so that "right answers" and "right reasons" have similar orders of magnitude.
     """
 
-    def __init__(self, given: float | str | Mapping[int, float], owner: str) -> None:
+    def __init__(self, given: float | str | Mapping[int, float], owner: str, *, gradual: bool = False) -> None:
         self.given: float | str | dict[float, float]
-        self.owner = owner
+        self.owner, self.gradual = owner, gradual
         self.measured: float | None = None
+        self._sums: Tensor | None = None  # of loss, penalty and steps
         if isinstance(given, Mapping):
             self.given = {float(epoch): float(number) for epoch, number in given.items()}
             numbers = [*self.given, *self.given.values()]
@@ -107,6 +115,11 @@ class Weight:
     def forget(self) -> None:
         """Measure anew: another run begins."""
         self.measured = None
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was gathered: it belongs to another stretch of training."""
+        self._sums = None
 
     def at(self, done: float) -> float:
         """The weight after so many epochs; 0 as long as it has yet to be measured."""
@@ -127,17 +140,58 @@ class Weight:
         """
         pair = torch.stack([loss.detach().float(), term.detach().float()])
         loss_is, term_is = trainer.strategy.reduce(pair, reduce_op="mean").tolist()
+        return self._set(loss_is, term_is, "step")
+
+    def gather(self, loss: Tensor, term: Tensor, even: Tensor) -> None:
+        """Count a step in what :meth:`settle` measures, unless it overflowed. Nothing waits for a device here.
+
+        Args:
+            loss: The loss that the penalty stands beside, a scalar.
+            term: The penalty, without a weight.
+            even: What the loss would be if all classes were equally likely.
+        """
+        sort = torch.float32 if loss.device.type == "mps" else torch.float64
+        step = torch.stack([value.detach().to(sort) for value in (loss, term, even, torch.ones_like(loss))])
+        step = torch.where(step.isfinite().all(), step, 0.0)
+        self._sums = step if self._sums is None else self._sums + step
+
+    def settle(self, trainer: Any) -> str | None:
+        """Set the weight from the means of what was gathered, the same one on all processes, and say what was found.
+
+        It stays open where it would be in the thousands and predictions are still next to even: then the penalty has
+        yet to find its scale. To be called by all processes. What was gathered is forgotten; None where that was
+        nothing.
+
+        Args:
+            trainer: Brings the processes together.
+
+        Raises:
+            ValueError: If the penalty is negative, so that no weight makes it as large as the loss.
+        """
+        if self._sums is None:
+            return None
+        *sums, steps = trainer.strategy.reduce(self._sums, reduce_op="mean").tolist()
+        self.start()
+        loss, term, even = (total / steps if steps else 0.0 for total in sums)
+        if loss > _EVEN * even and 0 <= term * _HUGE < loss:
+            return (
+                f"weight 'auto' stays 0 for now: the penalty is {term:.4g}, and predictions are next to even (loss "
+                f"{loss:.4g}, of even ones {even:.4g}); it is measured over the first epoch in which the model learns"
+            )
+        return self._set(loss, term, "epoch")
+
+    def _set(self, loss_is: float, term_is: float, when: str) -> str:
         # Smaller than that it is lost in the rounding of the loss: a share of it that nobody meant.
         swallowed = 1e-7 * abs(loss_is)
         if term_is < -swallowed:
             raise ValueError(
-                f"{self.owner}(weight='auto') needs a penalty that is not negative, got {term_is:g} in the first step; "
-                "give a number."
+                f"{self.owner}(weight='auto') needs a penalty that is not negative, got {term_is:g} in the first "
+                f"{when}; give a number."
             )
         if not (math.isfinite(loss_is) and math.isfinite(term_is)) or loss_is <= 0 or term_is <= swallowed:
             return (
                 f"weight 'auto' stays 0 for now: the penalty is {term_is:g}, the loss {loss_is:g}; it is measured in "
-                "the first step in which both are above 0"
+                f"the first {when} in which both are above 0"
             )
         self.measured = loss_is / term_is
         return f"weight 'auto' is {self.measured:.4g} (loss {loss_is:.4g} / penalty {term_is:.4g})"

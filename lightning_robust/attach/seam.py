@@ -65,12 +65,12 @@ def install(
         under: ``(step) -> context manager``: entered before the step, left after its backward pass
             (:func:`leave_weights`).
         track: ``(step) -> inputs``: the input that ``add`` differentiates by. It then finds its leaf, part of the graph
-            of the loss call, in ``step.tracked``.
+            of the loss call, in ``step.tracked``. None where it differentiates by nothing this time.
         loss_index: Which loss call of the step ``add`` is about.
         adversary: Whether it attacks. By default who feeds does; with False, ``feed`` changes the data itself (fills in
             what a mask marks): it comes first, and what it returns is the clean batch. A step has one adversary.
         watched: Whether ``add`` is about a loss call that can be seen. Under manual optimisation it is added in the
-            first ``manual_backward`` behind that call; else in the first of the step.
+            first ``manual_backward`` behind that call; else in the first one whose loss trains one of its parameters.
         at: ``"fed"``, or ``"clean"`` where ``add`` is about the batch before it was attacked (it is then given no loss
             call).
         by_hand: The step itself asks for the batch that it is fed (:func:`perturbed`) and for what is added

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_robust.attacks.search import HALF_SCALE
 from lightning_robust.attacks.weights import moved, perturbable, worst_direction
 
 __all__ = ["at_worst_weights", "steepest_weights"]
-
-_SCALE = 2.0**10  # keeps gradients of confident samples above zero in half precision; only the direction counts
 
 
 def steepest_weights(loss: Tensor, module: nn.Module, trainer: Any) -> list[Tensor]:
     """The gradient of a loss by each weight that is perturbed, summed over processes."""
     weights = perturbable(module)
-    gradients = torch.autograd.grad(loss * _SCALE, weights, allow_unused=True)
+    gradients = torch.autograd.grad(loss * HALF_SCALE, weights, allow_unused=True)
     filled = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
     if trainer.world_size == 1:
         return filled

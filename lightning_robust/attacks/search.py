@@ -20,9 +20,10 @@ from lightning_robust.pixels import Box
 from lightning_robust.protocols import LogitsFn
 from lightning_robust.randomness import Noise, normal
 
-__all__ = ["Search", "noise_of", "searching", "worst_of"]
+__all__ = ["HALF_SCALE", "Search", "noise_of", "searching", "worst_of"]
 
-_HALF = 2.0**10  # what keeps gradients of confident samples above zero in half precision
+HALF_SCALE = 2.0**10
+"""What keeps gradients of confident samples above zero in half precision; a power of two, which rounds nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +85,14 @@ class Search:
             )
         half = logits.dtype == torch.float16
         # autograd.grad, not backward(): the parameters' own gradients must stay as they are.
-        total = value.sum() * _HALF if half else value.sum()
+        total = value.sum() * HALF_SCALE if half else value.sum()
         (gradient,) = torch.autograd.grad(total, pixels, allow_unused=True) if total.requires_grad else (None,)
         if gradient is None:
             raise RuntimeError(
                 "the logits do not depend on the input: no gradient reaches it. Is the network (or a frozen backbone) "
                 "run under torch.no_grad(), or is the output detached?"
             )
-        return gradient.nan_to_num(0.0) / _HALF if half else gradient, value.detach(), logits.detach()
+        return gradient.nan_to_num(0.0) / HALF_SCALE if half else gradient, value.detach(), logits.detach()
 
     def uphill(self, gradient: Tensor) -> Tensor:
         """The unit step that climbs fastest; in a random direction where the gradient is exactly zero."""

@@ -13,14 +13,14 @@ from lightning_robust.attach.compiled import is_compiled
 from lightning_robust.attach.reading import Reading
 from lightning_robust.attach.sharded import is_sharded
 from lightning_robust.callbacks.explainer import CHUNK, Explainer
+from lightning_robust.callbacks.probe_sets import without_channel
 from lightning_robust.callbacks.watched_probes import WatchedProbes
-from lightning_robust.pixels import PixelSpace
 from lightning_robust.saliency import Film, filmstrip
 from lightning_robust.saliency.cascade import Cascade, cascading_randomisation
 from lightning_robust.saliency.concentration import concentration, mass, region_named
 from lightning_robust.saliency.drift import drift
 from lightning_robust.saliency.ensemble import ensemble
-from lightning_robust.saliency.filmstrip import seen_as
+from lightning_robust.saliency.filmstrip import seen_as, shrunk
 from lightning_robust.saliency.overlays import overlays
 from lightning_robust.saliency.permutation import permuted
 from lightning_robust.saliency.quality import attack_overlap, quality
@@ -30,6 +30,7 @@ __all__ = ["ENSEMBLE", "Photographer", "Taken"]
 
 ENSEMBLE = "ensemble"
 STAGES = 6  # of a cascade: as many explanations
+RADIUS = 0.02  # of the range: noise that nobody sees
 
 
 @dataclass
@@ -55,7 +56,6 @@ class Photographer:
 
     Attributes:
         explainer: Makes the maps.
-        pixels: For pictures and noise.
         classes: Names of classes, for pictures.
         combined: Whether there are maps of all methods together.
         quality: Whether deletion, insertion and sensitivity are measured.
@@ -66,7 +66,6 @@ class Photographer:
     """
 
     explainer: Explainer
-    pixels: PixelSpace
     classes: Any
     combined: bool
     quality: bool
@@ -100,6 +99,7 @@ class Photographer:
         probes, taken = watched.probes, Taken()
         if probes is None:
             return taken
+        self.explainer.check_pixels(x)
         target = probes.label.to(x.device)
         if not is_sharded(reading.module) and not is_compiled(reading.module):  # which would be compiled anew
             reading.module.requires_grad_(False)  # until the reading ends: a seventh less work
@@ -112,14 +112,14 @@ class Photographer:
         taken.values["/flips"] = float((predictions != watched.first_seen).float().mean())
 
         found = self._maps(reading, x, target)
-        if ENSEMBLE in found and draw and x.ndim == 4:
+        if ENSEMBLE in found:
             together = ensemble({name: maps for name, maps in found.items() if name != ENSEMBLE})
             taken.values["/agreement"] = float(together.agreement.mean())
         uncalibrated = [name for name in found if not len(watched.films.setdefault(name, Film()))]
         reference = self._reference(reading, x, target) if uncalibrated and self.sanity else None
         for method, maps in found.items():
             film = watched.films[method]
-            moved = film.add(caption, maps)
+            moved = film.add(caption, _small(maps))
             if reference is not None and method in uncalibrated:
                 self._calibrate(film, method, maps, *(others.get(method) for others in reference))
             moved |= film.skills(moved)
@@ -151,15 +151,16 @@ class Photographer:
 
     def _spread(self, x: Tensor) -> Tensor | None:
         """The range of pixels, as the model gets them."""
-        if self.pixels.bounds is None:
+        pixels = self.explainer.space(x)
+        if pixels.bounds is None:
             return None
-        low, high = (self.pixels.to_model(torch.full_like(x[:1], end)) for end in self.pixels.bounds)
+        low, high = (pixels.to_model(torch.full_like(x[:1], end)) for end in pixels.bounds)
         return high - low
 
     def _calibrate(self, film: Film, method: str, maps: Tensor, null: Tensor | None, disturbed: Tensor | None) -> None:
         if null is None or disturbed is None:
             return
-        film.calibrate(null, disturbed)
+        film.calibrate(_small(null), _small(disturbed))
         shown = maps.flatten(1).amax(1) > maps.flatten(1).amin(1)  # two empty maps are the same, whatever the weights
         low, high = (means(drift(other[shown], maps[shown])) for other in (null, disturbed))
         if bool(shown.any()) and insensitive(low, high):
@@ -175,8 +176,7 @@ class Photographer:
             for name in ("border", "corners"):
                 values[f"mass_on_{name}"] = float(mass(maps, region_named(name, maps.shape)).mean())
         if region is not None:
-            region = region[:, 0] if region.ndim == maps.ndim + 1 and region.shape[1] == 1 else region
-            values["mass_in_region"] = float(mass(maps, region.float()).mean())
+            values["mass_in_region"] = float(mass(maps, without_channel(region, maps)).mean())
         return values
 
     def _quality(
@@ -188,8 +188,18 @@ class Photographer:
         explain = self._explain(method, reading, target)
         found: dict[str, Tensor] = {}
         if self.quality:
-            black = self.explainer.black(x)
-            found |= quality(explain, reading.logits, x, target, baseline=black, chunk_size=CHUNK, seed=self.seed)
+            scores, spread = self.explainer.scores(reading), self._spread(x)
+            radius = RADIUS * (x.amax(0, keepdim=True) - x.amin(0, keepdim=True) if spread is None else spread)
+            found |= quality(
+                explain,
+                scores,
+                x,
+                target,
+                baseline=self.explainer.black(x),
+                radius=radius,
+                chunk_size=CHUNK,
+                seed=self.seed,
+            )
         if clean is not None:
             hit = attack_overlap(explain(clean), clean, x)
             found |= {f"attack_{name}": value for name, value in hit.items()}
@@ -213,8 +223,9 @@ class Photographer:
     def _draw(
         self, taken: Taken, method: str, x: Tensor, labels: Tensor, predictions: Tensor, call: Any, film: Film
     ) -> None:
-        images = self.pixels.to_pixels(x.detach().float()).cpu()
-        low, high = self.pixels.bounds or (float(images.min()), float(images.max()))
+        pixels = self.explainer.space(x)
+        images = shrunk(pixels.to_pixels(x.detach().float()).cpu())  # as the maps of the film
+        low, high = pixels.bounds or (float(images.min()), float(images.max()))
         bounds = (low, max(high, low + 1e-6))
         sure = call.log_probabilities().flatten(1).amax(1).exp().cpu()
         shown = film.shown()
@@ -224,3 +235,8 @@ class Photographer:
         lines = seen_as(labels, predictions, sure, self.classes)
         right = (labels == predictions).tolist()
         taken.pictures[f"{method}/overlays"] = overlays(images, shown[-1][1], lines, right, bounds)
+
+
+def _small(maps: Tensor) -> Tensor:
+    """Maps of pictures averaged down to 223 pixels a side at most, in which films are kept and compared."""
+    return shrunk(maps[:, None])[:, 0] if maps.ndim == 3 else maps

@@ -16,9 +16,9 @@ from lightning_robust.attach.loaders import own_batches
 from lightning_robust.attach.reading import Reading
 from lightning_robust.attach.step import Step
 from lightning_robust.callbacks.watched_probes import WatchedProbes
-from lightning_robust.saliency import Candidates, Largest, Listed, ProbeSet, Stratified
+from lightning_robust.saliency import Candidates, Largest, Listed, ProbeSet, Stratified, mass
 
-__all__ = ["ATTACKED", "CHOICES", "ProbeSets", "joined"]
+__all__ = ["ATTACKED", "CHOICES", "ProbeSets", "joined", "without_channel"]
 
 CHOICES = ("stratified", "hardest", "confident_wrong")
 """How probes are chosen from evaluation data; the first one gives its keys no suffix."""
@@ -54,6 +54,15 @@ class ProbeSets:
         seed: int,
         region_path: Path | None,
     ) -> None:
+        if indices is not None and (not len(indices) or min(indices) < 0):
+            raise ValueError(f"indices= takes the numbers of samples in the loader, from 0 on; got {list(indices)}.")
+        taken = {*CHOICES, ATTACKED, ""}
+        for name in extra:
+            if name in taken or not all(letter.isalnum() or letter in "_-." for letter in name):
+                raise ValueError(
+                    f"a probe set of extra= cannot be called {name!r}: names are part of log keys (letters, digits, "
+                    f"'_', '-', '.'), and {', '.join(sorted(taken - {''}))} are taken."
+                )
         self.choices = {"": "listed"} if indices is not None else {"" if c == CHOICES[0] else c: c for c in choices}
         self.indices, self.extra, self.samples, self.seed = indices, extra, samples, seed
         self.region_path = region_path
@@ -66,6 +75,19 @@ class ProbeSets:
     def of(self, stage: str) -> Mapping[str, WatchedProbes]:
         """The sets of a stage."""
         return self.sets[stage]
+
+    def started(self, stage: str) -> bool:
+        """Whether there is a snapshot of any set."""
+        return any(watched.started for watched in self.sets[stage].values())
+
+    def ready(self, stage: str) -> bool:
+        """Whether there is anything to explain."""
+        chosen = any(watched.probes is not None for watched in self.sets[stage].values())
+        return chosen or bool(self.extra and self.choices)
+
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        """The history of the set that has the longest."""
+        return max((watched.history for watched in self.sets[stage].values()), key=len)
 
     def first(self, stage: str) -> WatchedProbes:
         """The first set of a stage."""
@@ -97,6 +119,19 @@ class ProbeSets:
         for key in ours.keys() & section.keys():
             ours[key].restore(section[key])
 
+    def rehearse(self, step: Step, maps: Tensor | None) -> None:
+        """On the first batch in the sanity check: whether masks are where they should be, and fit the maps.
+
+        Raises:
+            KeyError or ValueError: If not.
+        """
+        if self.region_path is None or maps is None:
+            return
+        region = get(step.batch, self.region_path)
+        if not isinstance(region, Tensor) or len(region) < len(maps):
+            raise ValueError(f"region_key= must lead to a mask for each sample, got {type(region).__name__}.")
+        mass(maps, without_channel(region[: len(maps)], maps))
+
     # -- choosing from the evaluation data -------------------------------------------------------------------------
 
     def begin(self, stage: str) -> None:
@@ -124,11 +159,14 @@ class ProbeSets:
     def settle(self, trainer: Any, stage: str, summed: Summed) -> Iterator[str]:
         """After the last batch: choose; yields sentences about films that have to begin anew."""
         for name, candidates in self.open(stage).items():
-            watched = self.sets[stage][name]
-            said = watched.settle(self._everyones(trainer, candidates, summed))
+            watched, probes = self.sets[stage][name], self._everyones(trainer, candidates, summed)
+            said = watched.settle(probes)
             watched.candidates = None
             if said is not None:
                 yield said
+            if self.choices[name] == "listed" and len(probes) < len(set(self.indices or [])):
+                missing = sorted(set(self.indices or []) - set(probes.index.tolist()))
+                yield f"the {stage} data hold no sample (with a label) of the numbers {missing} that indices= asks for."
         first = self.first(stage).probes
         attacked = self.sets[stage].get(ATTACKED)
         if attacked is not None and attacked.probes is None and first is not None:
@@ -206,6 +244,12 @@ def score_of(choice: str, log_p: Tensor, labels: Tensor) -> Tensor | None:
         sure, seen = log_p.max(1)
         return torch.where(seen == labels, -torch.inf, sure)
     return None
+
+
+def without_channel(region: Tensor, maps: Tensor) -> Tensor:
+    """Masks ``(N, 1, ...)`` of images as masks ``(N, ...)`` of their maps, as numbers."""
+    region = region[:, 0] if region.ndim == maps.ndim + 1 and region.shape[1] == 1 else region
+    return region.float()
 
 
 def joined(stage: str, name: str) -> str:

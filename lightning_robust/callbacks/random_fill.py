@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,9 +38,10 @@ class RandomFill(RobustCallback):
             dimension of channels.
         low: Smallest value of the noise, in pixels; by default the lower bound of ``pixels``.
         high: Largest value; by default the upper bound.
-        pixels: Bounds and normalisation of the inputs. The default is [0, 1], not normalised.
+        pixels: Bounds and normalisation of the inputs. The default is [0, 1], not normalised. The first batch is held
+            to it, unless low or high are given.
         shade: One random shade for the whole mask of a sample, in all channels, instead of noise in each pixel.
-        seed: Of the noise, which is a function of (seed, rank, step, batch).
+        seed: Of the noise, which is a function of (seed, rank, step, batch), ``mask_key`` and ``name``.
         input_key: Where in the batch the input is, if it cannot be told.
         target_key: Where the target is, if the loss cannot be read.
         logits_fn: ``(module, batch) -> logits`` for hand-written losses; needs ``target_key``.
@@ -47,7 +49,8 @@ class RandomFill(RobustCallback):
         name: Tells two callbacks of this class with one mask apart.
 
     Raises:
-        ValueError: If low is not below high, or ``pixels`` have no bounds and one of the two is missing.
+        ValueError: If low is not below high, ``pixels`` have no bounds and one of the two is missing, or inputs of the
+            first batch are not from this pixel space.
 
     Example:
         >>> RandomFill(mask_key=2, shade=True).range
@@ -81,6 +84,7 @@ class RandomFill(RobustCallback):
         if not ends[0] < ends[1]:
             raise ValueError(f"RandomFill(low=, high=) must be increasing, got {ends[0]:g} and {ends[1]:g}.")
         self.range = float(ends[0]), float(ends[1])
+        self._own_range = low is not None or high is not None
         self.mask_path, self.pixels, self.shade, self.seed = as_path(mask_key), pixels, shade, seed
         self._trainer: Any = None
         self._batch_idx = 0
@@ -121,6 +125,8 @@ class RandomFill(RobustCallback):
         mask = spread(mask, x)
         if not self._said:
             self._said = True
+            if not self._own_range:
+                self.pixels.check(x)
             share = float(mask.mean())
             kind = "one shade a sample" if self.shade else "noise in each pixel"
             where = f"{share:.1%} of input {inputs} {tuple(x.shape)}"
@@ -129,7 +135,9 @@ class RandomFill(RobustCallback):
 
     def _filled(self, x: Tensor, mask: Tensor) -> Tensor:
         low, high = self.range
-        generator = seeded(self.seed, self._trainer.global_rank, self._trainer.global_step, self._batch_idx)
+        # Who draws is part of it: another callback of the same seed would draw the same numbers.
+        who = zlib.crc32(f"{self} {self.name}".encode())
+        generator = seeded(self.seed, self._trainer.global_rank, self._trainer.global_step, self._batch_idx, who)
         like = torch.empty((len(x), *[1] * (x.ndim - 1)) if self.shade else x.shape, dtype=mask.dtype, device=x.device)
         noise = self.pixels.to_model((low + (high - low) * uniform(like, generator)).expand_as(x))
         # What is not marked keeps its bits: no arithmetic on it.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.attach.base import RobustCallback
-from lightning_robust.attach.batches import InputKey, Key, Path, as_path, get
+from lightning_robust.attach.batches import InputKey, Key, Path, as_path, get, shown
 from lightning_robust.attach.compiled import is_compiled
 from lightning_robust.attach.inputs import Inputs
 from lightning_robust.attach.probe import Probe
@@ -60,9 +62,10 @@ class SaliencyRegularization(RobustCallback):
     =========================  =============================================================  ====================
 
     The penalty reads the step's own forward: the loss that the step calls (class weights, label smoothing, in-step
-    mixup) and the batch that it gets, the attacked one where :class:`~lightning_robust.AdversarialTraining` feeds it.
-    Before the first step the penalty and its gradients are computed once, so that a network without second
-    derivatives fails at once, with the remedy. BatchNorm's running statistics see nothing of it.
+    mixup with soft targets) and the batch that it gets, the attacked one where
+    :class:`~lightning_robust.AdversarialTraining` feeds it. Before the first step the penalty and its gradients are
+    computed once, so that a network without second derivatives fails at once, with the remedy. BatchNorm's running
+    statistics see nothing of it.
 
     Args:
         penalty: A penalty of :mod:`lightning_robust.penalties`, or a function ``(logits_fn, x, y) -> scalar``; it is
@@ -71,22 +74,26 @@ class SaliencyRegularization(RobustCallback):
             such keywords.
         weight: What it is multiplied by. It does not depend on the batch size. ``{0: 0.0, 5: 0.1}``: by epochs done, in
             straight lines, in each step a little. ``"auto"``: measured in the first step, so that the weighted penalty
-            is as large there as the loss; the same on all processes, and kept in checkpoints. Where the penalty is 0 in
-            that step, it is measured in the first one in which it is not. Not for SaliencyGuided and
-            SaliencyConsistency, which are next to 0 before training.
+            is as large there as the loss call that is read (not what the step returns); the same on all processes, and
+            kept in checkpoints. Where the penalty is 0 in that step, it is measured in the first one in which it is
+            not. RightReasons, which is next to 0 before training, is measured over the first epoch: its weight is 0
+            until then, and mean loss over mean penalty afterwards. Not for SaliencyGuided and SaliencyConsistency. A
+            weight of exactly 0 costs nothing: the penalty is not computed.
         at: ``"fed"``: at the batch that the step gets. ``"clean"``: at the batch as it was (one more forward where an
             attack feeds the step).
         warmup_epochs: The weight, whatever it is, grows linearly from 0 over so many epochs, in each step a little.
-        seed: Of the penalty's random numbers, if it draws any; they are a function of (seed, rank, step, batch).
+        seed: Of the penalty's random numbers, if it draws any; they are a function of (seed, rank, step, batch), the
+            penalty and ``name``.
         input_key: Where in the batch the input is, if it cannot be told; a list for several inputs.
         target_key: Where the target is, if the loss cannot be read.
         logits_fn: ``(module, batch) -> logits`` for hand-written losses; needs ``target_key``.
-        loss_index: Which loss call of the step is meant, 0 for the first.
+        loss_index: Which loss call of the step is meant, 0 for the first: of a step that calls its loss twice (mixup as
+            two cross-entropies) one is read.
         name: Tells two callbacks of this class with one kind of penalty apart.
 
     Logs ``robust/train/{penalty}`` (weighted) and ``robust/train/{penalty}_weight``, e.g.
     ``robust/train/input_gradient``. Under manual optimisation it joins the first ``self.manual_backward(loss)``
-    behind the loss that it is about.
+    behind the loss that it is about; with ``logits_fn=`` the first one whose loss trains some of its parameters.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -127,7 +134,7 @@ class SaliencyRegularization(RobustCallback):
             )
         if not callable(penalty) or isinstance(penalty, type):
             raise TypeError(f"penalty= must be a callable (logits_fn, x, y) -> scalar, got {penalty!r}.")
-        self.weight = Weight(weight, type(self).__name__)
+        self.weight = Weight(weight, type(self).__name__, gradual=bool(getattr(penalty, "starts_flat", False)))
         if weight == "auto" and getattr(penalty, "starts_at_zero", False):
             raise ValueError(
                 f"weight='auto' is measured in the first step, where {type(penalty).__name__} is next to 0: weights of "
@@ -184,6 +191,13 @@ class SaliencyRegularization(RobustCallback):
 
     def attach(self, trainer: Any, pl_module: Any) -> None:
         self._trainer, self._checked, self._waits = trainer, False, False
+        self.weight.start()
+        if self.weight.open and self.weight.gradual and trainer.max_epochs == 1:
+            warnings.warn(
+                f"{self}: weight='auto' is measured over the first epoch, and 0 until then; with max_epochs=1 the "
+                "penalty trains nothing. Give a number.",
+                stacklevel=2,
+            )
         # A compiled network keeps no graph for a second backward pass; the direction then costs a forward of its own.
         self._reuse = not is_compiled(pl_module)
         if not self._reuse and getattr(self.penalty, "method", None) == "double_backward":
@@ -196,7 +210,7 @@ class SaliencyRegularization(RobustCallback):
             str(self),
             add=self._add,
             # Who does not take the logits does not differentiate them by the input: nobody pays for its gradient.
-            track=self._input if self._reuse and "logits" in self._takes and self.probe.logits_fn is None else None,
+            track=self._tracked if self._reuse and "logits" in self._takes and self.probe.logits_fn is None else None,
             watched=self.probe.logits_fn is None,
             loss_index=self.probe.loss_index,
             at=self.at,
@@ -208,6 +222,12 @@ class SaliencyRegularization(RobustCallback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._batch_idx = batch_idx
 
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        # Not at the end of the epoch: validation, and what it saves, comes before that.
+        found = self.weight.settle(trainer) if self.weight.open and trainer.is_last_batch else None
+        if found is not None:
+            self._tell(trainer, found)
+
     def _forget(self) -> None:
         self._trainer = None
 
@@ -216,22 +236,36 @@ class SaliencyRegularization(RobustCallback):
     def _input(self, step: Step) -> Inputs:
         return self.probe.route(step).inputs
 
+    def _tracked(self, step: Step) -> Inputs | None:
+        """Where the step's input is; nothing where the penalty will not be computed: its gradient costs."""
+        return self._input(step) if self.weight.open or self._weight() else None
+
+    def _weight(self) -> float:
+        done = epochs_done(self._trainer, self._batch_idx)
+        return self.weight.at(done) * warm(done, self.warmup_epochs)
+
     def _add(self, step: Step, call: LossCall | None, state: RandomState) -> Mapping[str, Tensor]:
         if not self._checked:
             self._first_batch(step, state)
-        value = self._value(step, call, state)
-        if self.weight.open:
-            self._measure(step, call, state, value)
-        done = epochs_done(self._trainer, self._batch_idx)
-        weight = self.weight.at(done) * warm(done, self.warmup_epochs)
-        value = weight * value
+        value: Tensor | None = None
+        if self.weight.open or self._weight():
+            value, seen = self._value(step, call, state)
+            if self.weight.open:
+                # Who may ask for the loss of another input first is not measured by what it asks for.
+                self._measure(step, call or (seen if self.weight.gradual else None), state, value)
+        weight = self._weight()
+        # Not 0 times the penalty, which may be NaN.
+        term = weight * value if weight and value is not None else None
         rows = len(self._input(step).of(step.batch))
-        for metric, logged in {self.penalty_name: value.detach(), f"{self.penalty_name}_weight": weight}.items():
+        weighted = 0.0 if term is None else term.detach()
+        for metric, logged in {self.penalty_name: weighted, f"{self.penalty_name}_weight": weight}.items():
             step.module.log(self.key("train", metric), logged, on_step=False, on_epoch=True, batch_size=rows)  # type: ignore[operator]  # a LightningModule
-        return {self.penalty_name: value}
+        return {} if term is None else {self.penalty_name: term}
 
-    def _value(self, step: Step, call: LossCall | None, state: RandomState) -> Tensor:
+    def _value(self, step: Step, call: LossCall | None, state: RandomState) -> tuple[Tensor, LossCall | None]:
+        """The penalty without a weight, and the first loss that it asked for: that of the input, if it asked at all."""
         more = self._offered(step)
+        asked: list[LossCall] = []
         # As the step is: train mode, dropout masks and mixup replayed; running statistics stay with the step's own.
         with self.probe.reading(step, training=None, state=state) as reading:
             leaf = step.tracked.get(self._input(step))
@@ -241,7 +275,8 @@ class SaliencyRegularization(RobustCallback):
                 seen = own or reading.call
                 if seen is None:
                     raise RuntimeError(f"{self}: the penalty asked for the loss before it computed any logits.")
-                return seen.again(logits)
+                asked.append(seen.again(logits))
+                return asked[-1]
 
             offered = {"call": loss_of, "logits": own and own.logits, "reuse": self._reuse, **more}
             value: Tensor = self.penalty(
@@ -250,13 +285,22 @@ class SaliencyRegularization(RobustCallback):
                 reading.y if own is None else own.target,
                 **{keyword: value for keyword, value in offered.items() if keyword in self._takes},
             )
-        return value
+        return value, asked[0] if asked else None
+
+    def _mask(self, step: Step, path: Path) -> Tensor:
+        mask = get(step.batch, path)
+        if not isinstance(mask, Tensor):
+            raise ValueError(
+                f"{self} expects masks, a tensor, at {shown(path)}, got {type(mask).__name__}; where nothing is marked "
+                "the batch holds zeros."
+            )
+        return mask
 
     def _offered(self, step: Step) -> dict[str, Any]:
         """What a penalty may need beside the forward of the step."""
         offered: dict[str, Any] = {"generator": self._generator()} if "generator" in self._takes else {}
         if self._mask_path is not None:
-            offered["mask"] = get(step.batch, self._mask_path)
+            offered["mask"] = self._mask(step, self._mask_path)
         if "clean" in self._takes:
             clean = clean_batch(step.module, step.batch)
             offered["clean"] = None if clean is None else self._input(step).of(clean)
@@ -269,16 +313,23 @@ class SaliencyRegularization(RobustCallback):
         return offered
 
     def _generator(self, *more: int) -> torch.Generator:
-        return seeded(self.seed, self._trainer.global_rank, self._trainer.global_step, self._batch_idx, *more)
+        # Who draws is part of it: two callbacks of one seed would draw the same numbers.
+        who = zlib.crc32(f"{self} {self.name}".encode())
+        return seeded(self.seed, self._trainer.global_rank, self._trainer.global_step, self._batch_idx, who, *more)
 
     def _measure(self, step: Step, call: LossCall | None, state: RandomState, term: Tensor) -> None:
         """Set a weight that makes the penalty as large as the loss that it stands beside."""
         if call is None:  # the step's own loss was another one, or could not be seen
             with torch.no_grad(), self.probe.reading(step, training=None, state=state) as reading:
                 call = reading.read(reading.x)
-        found = self.weight.measure(self._trainer, call.mean(), term)
+        if self.weight.gradual:
+            self.weight.gather(call.mean(), term, call.scaled(1e30).mean())  # at that temperature all classes are alike
+        else:
+            self._tell(self._trainer, self.weight.measure(self._trainer, call.mean(), term))
+
+    def _tell(self, trainer: Any, found: str) -> None:
         if not (self.weight.open and self._waits):
-            self.say(self._trainer, f"{self}: {found}.")
+            self.say(trainer, f"{self}: {found}.")
         self._waits = self.weight.open
 
     def _first_batch(self, step: Step, state: RandomState) -> None:
@@ -291,9 +342,20 @@ class SaliencyRegularization(RobustCallback):
                 reading.threat(threat).pixels.check(reading.x)
             found = reading.found
         parameters = step.module.parameters()
-        preflight(lambda: self._value(bare, None, state), parameters, str(self), way_around(self.penalty))
+        preflight(
+            lambda: self._value(bare, None, state)[0],
+            parameters,
+            str(self),
+            way_around(self.penalty),
+            may_vanish=self._mask_path is not None and not bool(self._mask(step, self._mask_path).any()),
+        )
         weight = self.weight.given if isinstance(self.weight.given, (str, dict)) else f"{self.weight.given:g}"
-        self.say(self._trainer, f"{self}: {self.penalty}, weight {weight} at the {self.at} batch; {found}.")
+        weight = f"{weight} (of the first epoch)" if self.weight.open and self.weight.gradual else weight
+        beside = ""
+        if isinstance(self.penalty, SaliencyConsistency):
+            own = "noise of its own" if self.penalty.attack is None else "its own attack"
+            beside = f" against {own if clean_batch(step.module, step.batch) is None else 'the clean one'}"
+        self.say(self._trainer, f"{self}: {self.penalty}, weight {weight} at the {self.at} batch{beside}; {found}.")
 
 
 def _keywords(penalty: Callable[..., Any]) -> frozenset[str]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_robust.attach.base import show_or_save, show_text
+from lightning_robust.attach.base import logged_step, show_or_save, show_text
 from lightning_robust.attach.batches import Key, as_path, one_input
+from lightning_robust.attach.ending import is_last_evaluation
+from lightning_robust.attach.foreign import foreign_input, foreign_loader
 from lightning_robust.attach.listener import Heard, step_context
 from lightning_robust.attach.monitor import Monitor
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.reading import Reading
 from lightning_robust.attach.step import Step
+from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.callbacks.explainer import Explainer, submodule
 from lightning_robust.callbacks.photographer import ENSEMBLE, Photographer
 from lightning_robust.callbacks.probe_sets import ATTACKED, CHOICES, ProbeSets, joined
@@ -27,6 +32,12 @@ from lightning_robust.randomness import seeded
 from lightning_robust.saliency.methods import as_method
 
 __all__ = ["SaliencySnapshots"]
+
+HEADLINES = (
+    "(iou10|cosine)_to_.*|iou10_skill_.*|iou10_null|iou10_floor|gini|mass_on_border|mass_in_region|alarm|flips|agreement"
+    "|skipped|deletion|insertion|sensitivity|attack_.*"
+)
+"""Metrics that ``ModelCheckpoint`` and ``EarlyStopping`` may watch."""
 
 
 class SaliencySnapshots(Monitor):
@@ -95,6 +106,11 @@ class SaliencySnapshots(Monitor):
             logged as NaN, and the run goes on.
         name: Tells two callbacks of this class apart: keys start with ``saliency.{name}``.
 
+    Attributes:
+        measured: What the last evaluation logged, by key. ``trainer.callback_metrics`` holds the overlaps, skills,
+            masses, alarms and the like; ranks, SSIM, shifts and entropy go to the loggers alone.
+        sets: The probe sets.
+
     Raises:
         ValueError: If a method or a choice is unknown, a number is out of range, two cadences are given, or the module
             has no submodule ``layer``.
@@ -156,8 +172,6 @@ class SaliencySnapshots(Monitor):
             raise ValueError(f"one of every_n_epochs=, every_n_validations= and every_n_steps=, got {cadences}.")
         if isinstance(probes, str) or not probes or not set(probes) <= set(CHOICES):
             raise ValueError(f"probes= takes a list of {', '.join(map(repr, CHOICES))}, got {probes!r}.")
-        if indices is not None and not len(indices):
-            raise ValueError("indices= takes the numbers of at least one sample, got none.")
         if alarm is not None and not 0 < alarm <= 1:
             raise ValueError(f"alarm= must be a share in (0, 1], or None, got {alarm}.")
         self.methods = dict(as_method(method) for method in methods)
@@ -169,22 +183,22 @@ class SaliencySnapshots(Monitor):
             every_n_steps,
         )
         self.samples, self.seed, self.alarm, self.attack = samples, seed, alarm, attack
-        self.pixels, self.layer, self.ensemble, self.cascade = pixels or PixelSpace(), layer, ensemble, cascade
+        self.layer, self.ensemble, self.cascade = layer, ensemble, cascade
         region_path = None if region_key is None else as_path(region_key)
         self._new_sets = partial(
             ProbeSets, self.stages, probes, indices, extra or {}, attack is not None, samples, seed, region_path
         )
         self._budget = TimeBudget(budget)
-        self._explainer = Explainer(self.methods, layer, self.pixels, seed, self.warn_once)
+        self._explainer = Explainer(self.methods, layer, pixels, seed, self.warn_once, strict)
         self._photographer = Photographer(
-            self._explainer, self.pixels, classes, ensemble, quality, sanity, alarm, seed, self.warn_once
+            self._explainer, classes, ensemble, quality, sanity, alarm, seed, self.warn_once
         )
         self._forget()
 
     def _forget(self) -> None:
         self.sets = self._new_sets()
-        self._values: dict[str, float] = {}
-        self._skipped = 0
+        self.measured: dict[str, float] = {}
+        self._skipped = self._step = 0
         self._held: Step | None = None  # a batch to travel in, for snapshots between evaluations
         self._loaded_step = 0  # of the checkpoint; outside of fit the Trainer does not take it over
         self._warned = set()
@@ -241,8 +255,39 @@ class SaliencySnapshots(Monitor):
         sets = [joined("val", name) for name in self.sets.names] if "val" in self.stages else []
         return charts(self.area, sets, [*self.methods, *([ENSEMBLE] if self.ensemble else [])])
 
+    def rehearse(self, trainer: Any, step: Step, loader: int, stage: str) -> None:
+        if loader:
+            return
+        no_autocast = torch.autocast(trainer.strategy.root_device.type, enabled=False)
+        # What cannot be read at all is said in the first evaluation, in which nothing is measured.
+        with (
+            suppress(ProbeError),
+            step_context(trainer, stage),
+            no_autocast,
+            self.probe.reading(self.listener.readable(stage)) as reading,
+        ):
+            self._rehearse_on(reading, step)
+
+    def _rehearse_on(self, reading: Reading, step: Step) -> None:
+        """Two samples go through all that is set, which must not fail after an epoch only."""
+        with torch.no_grad():
+            labels = reading.read(reading.x).labels()
+        if not labels.numel() == len(labels) == len(reading.x):
+            return  # said when a batch is heard
+        x, target = reading.x[:2].detach(), labels.flatten()[:2].clamp_min(0)
+        self._explainer.check_pixels(x)
+        self._explainer.space(x).to_model(x.float())
+        maps = [self._explainer.maps(method, reading, x, target) for method in self.methods]
+        self.sets.rehearse(step, next((m for m in maps if m is not None), None))
+        if self.attack is not None:
+            self.attack(lambda z: reading.logits(z), x, target, generator=[seeded(i) for i in range(len(x))])
+        for name, source in self.sets.extra.items():
+            batch = next(iter(foreign_loader(source, 2, 2, self.seed)), None)
+            if batch is not None:
+                foreign_input(batch, None, x, f"probe set {name!r}")
+
     def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._values, self._held = {}, None
+        self.measured, self._held = {}, None
         self.sets.begin(stage)
 
     def before(self, trainer: Any, step: Step, batch_idx: int, loader: int, stage: str) -> None:
@@ -270,36 +315,51 @@ class SaliencySnapshots(Monitor):
         if self.every_n_steps is not None and in_fit:
             self._held = template
         self.sets.first(stage).evaluations += in_fit
-        if self.sets.first(stage).probes is not None and self._due(trainer, stage):
+        if self.sets.ready(stage) and self._due(trainer, stage):
             self._snapshot(trainer, template, stage)
 
     def finish(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self.log_values(pl_module, self._values, self.samples)
+        if self._skipped and stage == "val":
+            self.measured[self.key(stage, "skipped")] = float(self._skipped)
+        self.log_values(pl_module, {k: v for k, v in self.measured.items() if _is_headline(k)}, self.samples)
+        self._to_loggers(trainer, {k: v for k, v in self.measured.items() if not _is_headline(k)})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.every_n_steps is None or self._held is None or trainer.global_step % self.every_n_steps:
+        before, self._step = self._step, int(trainer.global_step)
+        if self.every_n_steps is None or self._held is None:
             return
-        rows = self.sets.first("val").history
-        if rows and rows[-1]["step"] == trainer.global_step:  # of this step already; or nothing moved (accumulation)
+        # Not each step is seen: several optimizers take several in a batch, accumulation takes none in most.
+        if self._step // self.every_n_steps == before // self.every_n_steps or self._taken(trainer, "val"):
             return
         if self._within_budget(trainer, pl_module):
             with self._surviving(trainer, "val"):
-                self._values = {}
+                self.measured = {}
                 self._snapshot(trainer, self._held, "val")
                 self._log_now(trainer, pl_module)
 
+    def _taken(self, trainer: Any, stage: str) -> bool:
+        """Whether there is a snapshot of this step already."""
+        rows = self.sets.rows(stage)
+        return bool(rows) and rows[-1]["step"] == trainer.global_step
+
     def _log_now(self, trainer: Any, pl_module: Any) -> None:
         """At this very step, whatever the interval of logging."""
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics(self._values, step=trainer.global_step)
-        values = {key: torch.tensor(value, dtype=torch.float32) for key, value in self._values.items()}
+        self._to_loggers(trainer, self.measured)
+        values = {k: torch.tensor(v, dtype=torch.float32) for k, v in self.measured.items() if _is_headline(k)}
         pl_module.log_dict(values, on_step=True, on_epoch=False, logger=False, batch_size=self.samples)
 
+    def _to_loggers(self, trainer: Any, values: Mapping[str, float]) -> None:
+        """Past Lightning, which reduces each metric by itself and carries all of them through a pipe at the end."""
+        if values and trainer.is_global_zero and not trainer.sanity_checking:
+            for logger in trainer.loggers:
+                logger.log_metrics(dict(values), step=logged_step(trainer))
+
     def _due(self, trainer: Any, stage: str) -> bool:
-        if trainer.state.fn != "fit" or not self.sets.first(stage).started:
+        if trainer.state.fn != "fit" or not self.sets.started(stage):
             return True
-        if _ends(trainer):
+        if self._taken(trainer, stage):  # between evaluations
+            return False
+        if is_last_evaluation(trainer):
             return True
         if self.every_n_steps is not None:
             return False
@@ -315,7 +375,6 @@ class SaliencySnapshots(Monitor):
         if not bool(self.summed(trainer, pl_module, over).any()):
             return True
         self._skipped += 1
-        self._values[self.key("val", "skipped")] = float(self._skipped)
         self.warn_once(
             f"one more snapshot would take more than {self._budget.share:.0%} of the training time (so far "
             f"{self._budget.total:.0f} s): some are skipped. Take fewer (every_n_epochs=), with fewer methods or "
@@ -328,11 +387,12 @@ class SaliencySnapshots(Monitor):
 
     def _snapshot(self, trainer: Any, template: Step, stage: str) -> None:
         no_autocast = torch.autocast(trainer.strategy.root_device.type, enabled=False)
+        first, last = not self.sets.started(stage), is_last_evaluation(trainer)
         with (
             step_context(trainer, stage),
             no_autocast,
             self.probe.reading(template) as reading,
-            self._budget.spent(),
+            self._budget.spent(counts=not first and not last, typical=not first),
         ):
             place, summed = self.probe.route(template).input, partial(self.summed, trainer, template.module)
             for said in self.sets.choose_extra(trainer, stage, template, place, reading, summed):
@@ -359,33 +419,32 @@ class SaliencySnapshots(Monitor):
             caption,
             clean=clean,
             draw=trainer.is_global_zero,
-            cascade=self.cascade and (_ends(trainer) or trainer.state.fn != "fit"),
+            cascade=self.cascade and is_last_evaluation(trainer),
         )
         watched.history.append({**moment, **taken.moved})
         if self.alarm is not None:
             taken.values |= {f"{method}/alarm": watched.alarm(method, self.alarm) for method in taken.moved}
         where = joined(stage, watched.name)
-        self._values |= {self.key(*_placed(where, name)): value for name, value in taken.values.items()}
+        self.measured |= {self.key(*_placed(where, name)): value for name, value in taken.values.items()}
         for name, picture in taken.pictures.items():
             show_or_save(trainer, self.key(*_placed(where, name)), picture)
         for name, text in taken.tables.items():
-            show_text(trainer, self.key(*_placed(where, name)), text)
+            show_text(trainer, self.key(*_placed(where, name)), text, file=True)
 
     def _moment(self, trainer: Any) -> tuple[str, dict[str, Any]]:
         """When it is, for a person and for the checkpoint."""
         step = int(trainer.global_step)
         if trainer.state.fn == "fit":
             epoch = trainer.current_epoch + 1
-            often = self.every_n_steps is not None or self.every_n_validations is not None
+            often = self.every_n_steps is not None or trainer.val_check_batch < trainer.num_training_batches
             return f"step {step}" if often else f"epoch {epoch}", {"epoch": epoch, "step": step}
         step = step or self._loaded_step
         return f"step {step}" if step else trainer.state.fn.value, {"step": step}
 
 
-def _ends(trainer: Any) -> bool:
-    """Whether this is the last evaluation of the fit, as far as the Trainer knows."""
-    last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
-    return bool(last_epoch or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step)
+def _is_headline(key: str) -> bool:
+    """Whether it is for monitors of other callbacks too (``trainer.callback_metrics``), not for the loggers alone."""
+    return re.fullmatch(HEADLINES, key.rpartition("/")[2]) is not None
 
 
 def _placed(where: str, name: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_robust.attach.base import show_or_save
 from lightning_robust.attach.batches import Key, as_path, described, get, one_input
+from lightning_robust.attach.ending import is_last_evaluation
 from lightning_robust.attach.listener import Heard, step_context
 from lightning_robust.attach.monitor import Monitor
 from lightning_robust.attach.probe import Probe
@@ -25,7 +26,7 @@ from lightning_robust.saliency.shortcuts import OUTSIDE, Cluster, find_shortcuts
 
 __all__ = ["ShortcutFinder"]
 
-FEWEST = 3  # samples that make clusters
+FEWEST, MOST = 3, 5000  # samples that make clusters, in reasonable time
 
 
 class ShortcutFinder(Monitor):
@@ -111,10 +112,11 @@ class ShortcutFinder(Monitor):
             stages,
             strict=strict,
         )
-        if max_samples < FEWEST or (every_n_epochs is not None and every_n_epochs < 1):
+        if not FEWEST <= max_samples <= MOST or (every_n_epochs is not None and every_n_epochs < 1):
             raise ValueError(
-                f"ShortcutFinder needs max_samples= of at least {FEWEST} and every_n_epochs= of at least 1 (None: the "
-                f"last epoch alone), got {max_samples} and {every_n_epochs}."
+                f"ShortcutFinder needs max_samples= from {FEWEST} to {MOST} (clustering takes their cube of time) and "
+                f"every_n_epochs= of at least 1 (None: the last evaluation alone), got {max_samples} and "
+                f"{every_n_epochs}."
             )
         if not 0 < border < 0.5:
             raise ValueError(f"border= is a share of the picture's width, above 0 and below 0.5; got {border}.")
@@ -124,7 +126,7 @@ class ShortcutFinder(Monitor):
         self.foreground_path = None if foreground_key is None else as_path(foreground_key)
         self.found: dict[str, list[Cluster]] = {}
         self._explainer = Explainer({self.method: function}, layer, self.pixels, seed, self.warn_once)
-        self._due = False
+        self._due = self._ran = False
         self._foreground: Tensor | None = None  # of the present batch
         self._kept: list[Kept] = []
         self._shape: torch.Size | None = None  # of one input
@@ -147,6 +149,7 @@ class ShortcutFinder(Monitor):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._explainer.forget()
+        self._ran = False
 
     def attach(self, trainer: Any, pl_module: Any) -> None:
         super().attach(trainer, pl_module)
@@ -163,6 +166,7 @@ class ShortcutFinder(Monitor):
     def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._kept, self._rows, self._shape, self._foreground = [], [], None, None
         self._due = self._is_due(trainer)
+        self._ran |= self._due
         if self._due and trainer.world_size > 1 and is_sharded(pl_module):
             self._due = False
             self.warn_once(
@@ -224,10 +228,17 @@ class ShortcutFinder(Monitor):
         self._report(trainer, pl_module, table, stage)
 
     def _is_due(self, trainer: Any) -> bool:
-        epoch = trainer.current_epoch + 1
-        last = epoch == trainer.max_epochs or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
-        divides = self.every_n_epochs is not None and epoch % self.every_n_epochs == 0
-        return bool(trainer.state.fn != "fit" or last or divides)
+        divides = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return divides or is_last_evaluation(trainer)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if "val" in self.stages and trainer.enable_validation and not self._ran:
+            self.warn_once(
+                "no evaluation of this fit was known to be the last one (EarlyStopping and time limits end a run "
+                "without notice), so nothing was looked at. Call trainer.validate(...) with this callback, or give "
+                "every_n_epochs=."
+            )
+        super().on_fit_end(trainer, pl_module)
 
     # -- what ----------------------------------------------------------------------------------------------------
 

@@ -51,11 +51,17 @@ class TimeBudget:
         return self.total + self._last <= FREE + self.share * (self._clock() - self._began)
 
     @contextmanager
-    def spent(self) -> Iterator[None]:
-        """Count what happens inside."""
+    def spent(self, *, counts: bool = True, typical: bool = True) -> Iterator[None]:
+        """Count what happens inside.
+
+        Args:
+            counts: Whether it is part of what may not exceed the share.
+            typical: Whether the next one is expected to take as long.
+        """
         began = self._clock()
         try:
             yield
         finally:
-            self._last = self._clock() - began
-            self.total += self._last
+            took = self._clock() - began
+            self.total += took if counts else 0.0
+            self._last = took if typical else self._last

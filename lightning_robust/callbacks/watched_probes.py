@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from statistics import median
 from typing import Any
@@ -95,6 +96,7 @@ class WatchedProbes:
         Settled: half of the earlier snapshots had a skill to the one before of at least 0.5. Moved: it is below this
         share of that median.
         """
-        skills = [row.get(method, {}).get("iou10_skill_to_previous", float("nan")) for row in self.history[1:]]
-        usual = median(skills[:-1]) if len(skills) > 1 else 0.0
+        skills = [row.get(method, {}).get("iou10_skill_to_previous", math.nan) for row in self.history[1:]]
+        known = [skill for skill in skills[:-1] if math.isfinite(skill)]
+        usual = median(known) if known else 0.0
         return float(usual >= SETTLED and skills[-1] < share * usual)

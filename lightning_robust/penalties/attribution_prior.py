@@ -46,6 +46,9 @@ class AttributionPrior:
 
     It needs every layer to have a second derivative. A batch of one sample has no background and trains nothing.
 
+    ``gini`` is about the mean magnitudes of a batch, as in the paper, so that its value depends on the batch size: the
+    fewer samples, the less even their mean, and the smaller the penalty. The others are means over samples.
+
     Args:
         prior: One of the above.
         samples: Backgrounds drawn for each sample and step; one is enough in training. Each costs one forward and a

@@ -33,7 +33,8 @@ class SaliencyConsistency:
 
     The other input is, whatever is there first: the clean one where the batch is attacked already (the callback beside
     :class:`~lightning_robust.AdversarialTraining` that feeds the step), what ``attack`` finds, or the input with some
-    noise.
+    noise. ``method="trades"`` leaves the step its clean batch and attacks beside it: there too it is the own
+    ``attack``, or noise.
 
     Args:
         attack: Any attack ``(logits_fn, x, y) -> x_adv``, run only where the batch is not attacked already. It leaves

@@ -8,11 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_robust.attacks.search import HALF_SCALE
 from lightning_robust.losses import LossCall
 from lightning_robust.protocols import LogitsFn
 from lightning_robust.randomness import Noise, RandomState, seeded
 
-__all__ = ["Forward", "drawn", "forward", "input_gradient", "one_a_sample", "replayed", "right_answer"]
+__all__ = [
+    "Forward",
+    "drawn",
+    "finite",
+    "forward",
+    "input_gradient",
+    "labelled",
+    "one_a_sample",
+    "positions",
+    "replayed",
+    "right_answer",
+]
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,7 @@ def forward(logits_fn: LogitsFn, x: Tensor, logits: Tensor | None = None, *, dif
     """The logits of ``x``, computed now unless they are given.
 
     All forwards see the same global random state (dropout drops the same units), which moves on as if there had been
-    one.
+    one. Each is given a copy, which it may write into.
 
     Args:
         logits_fn: Inputs to logits.
@@ -69,16 +81,19 @@ def forward(logits_fn: LogitsFn, x: Tensor, logits: Tensor | None = None, *, dif
             "logits were given, but x does not require grad, so it is no part of their graph. Call x.requires_grad_() "
             "before the forward that computes them, or leave the logits out."
         )
-    return Forward(x, logits, logits_fn)
+    return Forward(x, logits, lambda x: logits_fn(x.clone()))
 
 
 def replayed(logits_fn: LogitsFn) -> LogitsFn:
-    """The same function, each of whose calls starts from the global random state of this moment."""
+    """The same function, each of whose calls starts from the global random state of this moment.
+
+    It is given a copy: a network whose first operation is in place would fail on a leaf, and else change its caller's.
+    """
     start = RandomState.capture()
 
     def run(x: Tensor) -> Tensor:
         start.restore()  # two dropout masks would differ by more than a small step does
-        return logits_fn(x)
+        return logits_fn(x.clone())
 
     return run
 
@@ -91,13 +106,22 @@ def drawn(generator: Noise) -> Noise:
 def one_a_sample(value: Tensor, x: Tensor) -> Tensor:
     """``value``, if it is one number for each sample of ``x``.
 
+    Where a step flattens its pixels or tokens into rows before the loss, there are several for each sample, the first
+    sample's first (as listeners read them): then it is their mean.
+
     Raises:
-        ValueError: If it is not.
+        ValueError: If it is neither.
+
+    Example:
+        >>> one_a_sample(torch.tensor([1.0, 3.0, 4.0, 6.0]), torch.zeros(2, 5))
+        tensor([2., 5.])
     """
+    if value.ndim == 1 and value.shape != x.shape[:1] and len(x) and len(value) and len(value) % len(x) == 0:
+        return value.view(len(x), -1).mean(1)
     if value.shape != x.shape[:1]:
         raise ValueError(
             f"expected one number for each of {len(x)} samples, got {tuple(value.shape)}: logits must be (N, K, ...) "
-            f"for inputs (N, ...), here {tuple(x.shape)}."
+            f"for inputs (N, ...), here {tuple(x.shape)}, or as many rows (K) for each sample."
         )
     return value
 
@@ -105,21 +129,73 @@ def one_a_sample(value: Tensor, x: Tensor) -> Tensor:
 def input_gradient(value: Tensor, x: Tensor, *, retain_graph: bool = False, create_graph: bool = False) -> Tensor:
     """The gradient of the sum: with the mean, the weight of a penalty would depend on the batch size.
 
+    In fp16 the sum is scaled on the way, and the gradient divided in float32: small ones would be 0.
+
     Raises:
         ValueError: If ``value`` does not depend on ``x``.
     """
-    gradient = None
+    gradient, scale = None, HALF_SCALE if _in_fp16(x) else 1.0
     if value.requires_grad:
         # autograd.grad, not backward(): the parameters' own gradients must stay as they are.
+        total = value.sum() if scale == 1.0 else value.sum() * scale
         (gradient,) = torch.autograd.grad(
-            value.sum(), x, retain_graph=retain_graph or create_graph, create_graph=create_graph, allow_unused=True
+            total, x, retain_graph=retain_graph or create_graph, create_graph=create_graph, allow_unused=True
         )
     if gradient is None:
         raise ValueError(
             "the logits do not depend on x: no gradient reaches it. Is x the very tensor they were computed from? Is "
             "the network (or a frozen backbone) run under torch.no_grad(), or is an output detached?"
         )
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return gradient if scale == 1.0 else gradient / scale
+
+
+def _in_fp16(x: Tensor) -> bool:
+    """Whether the network of these inputs computes in fp16; bfloat16 has the range of float32."""
+    if x.dtype == torch.float16:
+        return True
+    kind = x.device.type
+    if not hasattr(torch, "get_autocast_dtype"):  # torch 2.3
+        return bool(torch.is_autocast_enabled() and torch.get_autocast_gpu_dtype() == torch.float16)
+    return bool(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16)
+
+
+def positions(call: LossCall) -> int:
+    """1, or pixels and labels of a sample (of a row), over which the usual loss averages too.
+
+    Example:
+        >>> positions(LossCall("cross_entropy", torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8).long()))
+        64
+        >>> positions(LossCall("binary_cross_entropy_with_logits", torch.zeros(2, 5), torch.zeros(2, 5)))
+        5
+    """
+    return call.logits.shape[1 if call.binary else 2 :].numel()
+
+
+def labelled(call: LossCall, n: int) -> Tensor:
+    """How many predictions of each of ``n`` samples have a label, ``(n,)``; of one prediction a sample 1 or 0.
+
+    Raises:
+        ValueError: If there are not as many for each sample.
+
+    Example:
+        >>> labelled(LossCall("cross_entropy", torch.zeros(3, 4), torch.tensor([2, -100, 0])), 3)
+        tensor([1, 0, 1])
+    """
+    if n and len(call.target) % n:
+        raise ValueError(
+            f"expected targets of {n} samples, or as many rows for each, got {tuple(call.target.shape)}: of some rows "
+            "only (those under a mask) nobody can tell whose they are. Give the loss all of them, with ignore_index."
+        )
+    if call.binary or call.target.is_floating_point():
+        return torch.full((n,), positions(call) * len(call.logits) // max(n, 1), device=call.logits.device)
+    counted: Tensor = call.target != call.options.get("ignore_index", -100)
+    return counted.reshape(n, -1).sum(1)
+
+
+def finite(z: Tensor) -> Tensor:
+    """Logits, or their logarithms, with 0 for classes that are switched off (-inf), of which nothing can be learnt."""
+    return torch.where(z == -torch.inf, 0.0, z)
 
 
 def right_answer(call: LossCall) -> Tensor:

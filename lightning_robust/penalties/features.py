@@ -56,19 +56,31 @@ def spread(mask: Tensor, x: Tensor) -> Tensor:
 
     Args:
         mask: In [0, 1], of any type. The shape of ``x``, 1 instead of any size (the batch's too), or without the
-            dimension of channels: ``(N, 1, H, W)`` and ``(N, H, W)`` both fit images ``(N, C, H, W)``.
+            dimension of channels: ``(N, 1, H, W)`` and ``(N, H, W)`` both fit images ``(N, C, H, W)``; ``(N, T)`` fits
+            sequences ``(N, T, F)`` and signals ``(N, C, T)``, whichever has that size.
         x: Inputs ``(N, ...)``.
 
     Raises:
-        ValueError: If the mask does not fit ``x``, or holds NaN or values outside [0, 1].
+        ValueError: If there is no mask, it does not fit ``x``, fits in two ways, or holds NaN or values outside [0, 1].
+
+    Example:
+        >>> spread(torch.tensor([[1, 0]]), torch.zeros(1, 2, 3))  # two points in time, three features
+        tensor([[[1., 1., 1.],
+                 [0., 0., 0.]]])
     """
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"expected a mask, a tensor in [0, 1] that fits inputs {tuple(x.shape)}, got {type(mask).__name__}; where "
+            "nothing is marked it holds zeros."
+        )
     shaped = mask.detach().to(x.device, torch.promote_types(x.dtype, torch.float32))
     if shaped.ndim == x.ndim - 1:
-        shaped = shaped.unsqueeze(1)
+        shaped = shaped.unsqueeze(_missing(shaped, x))
     if shaped.ndim != x.ndim or any(m not in (1, n) for m, n in zip(shaped.shape, x.shape, strict=True)):
         raise ValueError(
             f"a mask of shape {tuple(mask.shape)} does not fit inputs {tuple(x.shape)}; expected that shape, 1 instead "
-            "of any size, or no dimension of channels: (N, 1, H, W) or (N, H, W) for images (N, C, H, W)."
+            "of any size, or no dimension of channels: (N, 1, H, W) or (N, H, W) for images (N, C, H, W), (N, T) for "
+            "sequences (N, T, F)."
         )
     low, high = (float(bound) for bound in shaped.aminmax())
     if not (low >= 0 and high <= 1):  # so that NaN is caught too
@@ -77,3 +89,21 @@ def spread(mask: Tensor, x: Tensor) -> Tensor:
             "divide a mask stored as 0..255 by 255, and fill in missing values."
         )
     return shaped.expand_as(x)
+
+
+def _missing(mask: Tensor, x: Tensor) -> int:
+    """Which dimension of ``x`` a mask lacks: that of channels, 1, or the last one of sequences ``(N, T, F)``.
+
+    Raises:
+        ValueError: If it may be either.
+    """
+    if x.ndim != 3 or mask.shape[1] == 1 or mask.shape[1] != x.shape[1]:
+        return 1
+    if x.shape[1] == x.shape[2]:
+        n, length = mask.shape
+        raise ValueError(
+            f"a mask of shape ({n}, {length}) fits inputs {tuple(x.shape)} in two ways: make it ({n}, 1, {length}) "
+            f"where it marks places of channels-first signals, or ({n}, {length}, 1) where it marks points in time of "
+            "sequences (N, T, F)."
+        )
+    return 2

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_robust.losses import LossCall
+from lightning_robust.penalties.derivatives import forward, labelled
 from lightning_robust.penalties.squared_gradient import Method, check_settings, squared_gradient
 from lightning_robust.protocols import LogitsFn
 
@@ -18,6 +19,9 @@ __all__ = ["InputGradientPenalty"]
 @dataclass(frozen=True)
 class InputGradientPenalty:
     r"""``mean_i ||d L_i / d x_i||^2``, where ``L_i`` is the loss of sample ``i``.
+
+    Of pixels, tokens or several labels ``L_i`` is the mean over those of the sample that have a label, as in the usual
+    loss. Samples without any label do not count.
 
     It makes a model flatter, and so more robust, not more truthful: a model that looks at a shortcut goes on doing so
     (there :class:`~lightning_robust.penalties.RightReasons` helps). The weight does not depend on the batch size.
@@ -78,12 +82,15 @@ class InputGradientPenalty:
             ValueError: If no usual loss takes these logits and targets, or the logits do not depend on ``x``.
         """
         call = call or (lambda z: LossCall.for_head(z, y))
-        return squared_gradient(
-            lambda z: call(z).per_sample(),
-            logits_fn,
-            x,
+        run = forward(logits_fn, x, logits, differentiable=reuse or self.method == "double_backward")
+        found = labelled(call(run.logits), len(x))
+        square = squared_gradient(
+            lambda z: call(z).per_sample().reshape(len(found), -1).sum(1) / found.clamp_min(1),
+            run.again,
+            run.x,
             method=self.method,
             step=self.step,
-            logits=logits,
+            logits=run.logits,
             reuse=reuse,
-        ).mean()
+        )
+        return square.sum() / (found > 0).sum().clamp_min(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_robust.penalties.derivatives import drawn, forward
+from lightning_robust.losses import LossCall
+from lightning_robust.penalties.derivatives import drawn, finite, forward, positions
 from lightning_robust.penalties.squared_gradient import Method, check_settings, squared_gradient
 from lightning_robust.protocols import LogitsFn
 from lightning_robust.randomness import Noise, normal
@@ -28,8 +30,9 @@ class JacobianPenalty:
 
     with ``v_j`` uniform on the unit sphere of the ``C`` outputs, drawn anew for each sample and step. Those of one
     sample are orthogonal to each other, so that ``C`` of them give the norm exactly. The outputs are what the loss is
-    given: logits, or log-probabilities or probabilities where it takes those; pixels or labels of a sample are outputs
-    of their own.
+    given: logits, or log-probabilities or probabilities where it takes those. Pixels, tokens or labels of a sample are
+    outputs of their own; the squared norm is divided by their number, over which the loss averages too. Classes that
+    are switched off (-inf) add nothing.
 
     Args:
         projections: ``n``; one is enough in training. More than there are outputs are not drawn.
@@ -70,6 +73,7 @@ class JacobianPenalty:
         x: Tensor,
         y: Tensor,
         *,
+        call: Callable[[Tensor], LossCall] | None = None,
         logits: Tensor | None = None,
         reuse: bool = True,
         generator: Noise = None,
@@ -79,7 +83,8 @@ class JacobianPenalty:
         Args:
             logits_fn: Inputs to logits.
             x: Model inputs ``(N, ...)``.
-            y: Not needed; penalties are called alike.
+            y: Not needed; penalties are called alike. Only its shape and type tell several labels from one.
+            call: Logits to the loss call of the head, which tells several labels from one where ``y`` does not.
             logits: The logits of ``x``, if computed already; ``x`` is then the leaf of their graph.
             reuse: Whether that graph can be kept for a second backward pass (see :func:`squared_gradient`).
             generator: Of the directions; None seeds one from torch's global stream.
@@ -89,11 +94,12 @@ class JacobianPenalty:
         """
         generator = drawn(generator)
         run = forward(logits_fn, x, logits, differentiable=reuse or self.method == "double_backward")
-        outputs = _flat(run.logits.detach())
+        n = len(x)
+        outputs = _flat(run.logits.detach(), n)
         directions = _directions(outputs, min(self.projections, outputs.shape[1]), generator)
         squares = [
             squared_gradient(
-                lambda z, v=v: (_flat(z) * v).sum(1),  # type: ignore[misc]  # mypy cannot type a default of a lambda
+                lambda z, v=v: (_flat(z, n) * v).sum(1),  # type: ignore[misc]  # mypy cannot type a default of a lambda
                 run.again,
                 run.x,
                 method=self.method,
@@ -103,12 +109,26 @@ class JacobianPenalty:
             ).mean()
             for v in directions
         ]
-        return 0.5 * outputs.shape[1] * torch.stack(squares).mean()
+        here = _head(run.logits, y) if call is None else call(run.logits)
+        each = positions(here) * (len(run.logits) // n)
+        return 0.5 * outputs.shape[1] * torch.stack(squares).mean() / each
 
 
-def _flat(z: Tensor) -> Tensor:
-    """All outputs of each sample in a row, float32 or more."""
-    return z.reshape(len(z), -1).to(torch.promote_types(z.dtype, torch.float32))
+def _head(z: Tensor, y: Tensor) -> LossCall:
+    """One class of many, or several labels, as far as shapes tell; whether targets fit does not matter."""
+    several = isinstance(y, Tensor) and y.is_floating_point() and y.shape == z.shape
+    return LossCall("binary_cross_entropy_with_logits" if several else "cross_entropy", z, y)
+
+
+def _flat(z: Tensor, n: int) -> Tensor:
+    """All outputs of each of ``n`` samples in a row, float32 or more.
+
+    Raises:
+        ValueError: If the outputs are not those of ``n`` samples.
+    """
+    if not n or len(z) % n:
+        raise ValueError(f"expected outputs (N, ...) of {n} samples, or as many rows for each, got {tuple(z.shape)}.")
+    return finite(z.reshape(n, -1).to(torch.promote_types(z.dtype, torch.float32)))
 
 
 def _directions(outputs: Tensor, number: int, generator: Noise) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -41,7 +42,12 @@ def way_around(penalty: Any) -> str:
 
 
 def preflight(
-    compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter], what: str, finite: str = _FINITE
+    compute: Callable[[], Tensor],
+    parameters: Iterable[nn.Parameter],
+    what: str,
+    finite: str = _FINITE,
+    *,
+    may_vanish: bool = False,
 ) -> None:
     """Compute a penalty and its gradients once, so that what cannot work fails early and says why.
 
@@ -53,6 +59,8 @@ def preflight(
         parameters: Those that training will change; frozen ones are left out.
         what: What to call the penalty in messages.
         finite: What to use where the network has no second derivative; see :func:`way_around`.
+        may_vanish: Whether a penalty of 0 is no surprise (masks without marks in this batch); else it warns where every
+            gradient is exactly 0.
 
     Raises:
         TypeError: If the penalty is no scalar tensor.
@@ -92,4 +100,11 @@ def preflight(
         raise RuntimeError(
             f"{what} is {float(penalty.detach()):g}, and {broken} of its {len(gradients)} gradients are not finite. "
             "Look for inputs that are not finite, or half precision that overflows (compute the penalty in float32)."
+        )
+    if not may_vanish and not any(bool(g.any()) for g in gradients):
+        warnings.warn(
+            f"{what} is {float(penalty.detach()):g} on the first batch, and every gradient of it is exactly 0: as long "
+            "as that lasts it trains nothing. Gradients may be too small for half precision (use bf16 or fp32), or the "
+            "last layer starts at 0 (then it comes to life by itself).",
+            stacklevel=2,
         )

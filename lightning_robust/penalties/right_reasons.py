@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.losses import LossCall
+from lightning_robust.penalties.derivatives import finite, forward, labelled, positions
 from lightning_robust.penalties.features import spread
 from lightning_robust.penalties.squared_gradient import Method, check_settings, squared_gradient
 from lightning_robust.protocols import LogitsFn
@@ -19,10 +20,14 @@ __all__ = ["RightReasons"]
 
 @dataclass(frozen=True)
 class RightReasons:
-    r"""The mean of ``sum(A * d/dx sum_k log p_k)^2 / sum(A)`` over the samples whose mask ``A`` is not empty.
+    r"""The mean of ``sum(A * d/dx sum_k log p_k)^2 / sum(A)`` over the samples; 0 for one whose mask ``A`` is empty.
 
     ``A`` is 1 where the input must *not* matter. The log-probabilities of all classes are summed, as in the paper: the
-    gradient of the loss itself vanishes where a model is sure of itself, shortcut or not.
+    gradient of the loss itself vanishes where a model is sure of itself, shortcut or not. Of pixels, tokens or several
+    labels the mean is taken.
+
+    It is the mean over all samples that have a label, marked or not, so that the weight does not depend on the batch
+    size; where one sample in a hundred has a mask, it wants a hundred times the weight.
 
     Args:
         mask_key: Where a batch holds the masks: a key, a position, or several on the way down. Read by the callback;
@@ -49,6 +54,7 @@ class RightReasons:
     """
 
     name: ClassVar[str] = "right_reasons"
+    starts_flat: ClassVar[bool] = True  # predictions are even before training, whatever they will be drawn from
 
     mask_key: str | int | tuple[str | int, ...] = "mask"
     method: Method = "finite_differences"
@@ -76,7 +82,7 @@ class RightReasons:
             y: Targets; only their shape and type matter, which tell the kind of head.
             mask: 1 where the input must not matter, in [0, 1], of any type. The shape of ``x``, 1 instead of any size
                 (the batch's too), or without the dimension of channels: ``(N, 1, H, W)`` and ``(N, H, W)`` both fit
-                images ``(N, C, H, W)``.
+                images ``(N, C, H, W)``, ``(N, T)`` fits sequences ``(N, T, F)`` and signals ``(N, C, T)``.
             call: Logits to the loss call that knows their log-probabilities, where it is not the usual one.
             logits: The logits of ``x``, if computed already; ``x`` is then the leaf of their graph.
             reuse: Whether that graph can be kept for a second backward pass (see :func:`squared_gradient`).
@@ -87,16 +93,19 @@ class RightReasons:
         """
         call = call or (lambda z: LossCall.for_head(z, y))
         mask = spread(mask, x)
+        run = forward(logits_fn, x, logits, differentiable=reuse or self.method == "double_backward")
+        here = call(run.logits)
+        each, counted = positions(here), labelled(here, len(x)) > 0
         square = squared_gradient(
-            lambda z: call(z).log_probabilities().flatten(1).sum(1),
-            logits_fn,
-            x,
+            lambda z: finite(call(z).log_probabilities()).flatten(1).sum(1) / each,
+            run.again,
+            run.x,
             method=self.method,
             step=self.step,
-            logits=logits,
+            logits=run.logits,
             reuse=reuse,
             mask=mask,
         )
         marked = mask.flatten(1).sum(1)
-        weight = torch.where(marked > 0, 1 / marked, 0.0)
-        return (square * weight).sum() / (marked > 0).sum().clamp_min(1)
+        weight = torch.where(counted & (marked > 0), 1 / marked, 0.0)
+        return (square * weight).sum() / counted.sum().clamp_min(1)

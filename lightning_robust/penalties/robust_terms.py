@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_robust.divergence import kl_divergence
 from lightning_robust.losses import LossCall
+from lightning_robust.penalties.derivatives import positions
 from lightning_robust.penalties.mart import misclassification_aware
 
 __all__ = ["distillation", "mart", "mean_loss", "trades"]
@@ -28,7 +29,7 @@ def trades(clean: LossCall, attacked: LossCall, beta: float) -> dict[str, Tensor
         {'kl': tensor(1.9669)}
     """
     divergence = kl_divergence(clean.log_probabilities(), attacked.log_probabilities())
-    return {"kl": beta * divergence.mean() / _positions(attacked)}
+    return {"kl": beta * divergence.mean() / positions(attacked)}
 
 
 def mart(clean: LossCall, attacked: LossCall, beta: float) -> dict[str, Tensor]:
@@ -44,9 +45,4 @@ def mart(clean: LossCall, attacked: LossCall, beta: float) -> dict[str, Tensor]:
 def distillation(taught: Tensor, attacked: LossCall, weight: float) -> dict[str, Tensor]:
     """``weight * KL(teacher's prediction || the attacked one)``; ``taught`` are the teacher's logits."""
     divergence = kl_divergence(attacked.again(taught).log_probabilities(), attacked.log_probabilities())
-    return {"distillation": weight * divergence.mean() / _positions(attacked)}
-
-
-def _positions(call: LossCall) -> int:
-    """1, or pixels and labels of a sample, over which the usual loss averages too."""
-    return call.log_probabilities()[0, 0].numel()
+    return {"distillation": weight * divergence.mean() / positions(attacked)}

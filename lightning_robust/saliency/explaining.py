@@ -61,7 +61,7 @@ def class_logits(logits_fn: LogitsFn, target: Tensor | None = None) -> LogitsFn:
     One logit a sample, ``(M,)`` or ``(M, 1)``, counts as two classes: class 1 is the logit, class 0 its negative.
 
     Args:
-        logits_fn: Inputs to logits.
+        logits_fn: Inputs to logits. It is given a copy of them, since its first operation may be in place.
         target: Classes that must be among those of the logits.
 
     Raises:
@@ -76,7 +76,7 @@ def class_logits(logits_fn: LogitsFn, target: Tensor | None = None) -> LogitsFn:
     lowest, highest = (0, 0) if target is None or not len(target) else (int(target.min()), int(target.max()))
 
     def logits(x: Tensor) -> Tensor:
-        z = logits_fn(x)
+        z = logits_fn(x.clone())
         if z.ndim not in (1, 2) or len(z) != len(x):
             raise ValueError(
                 f"expected logits ({len(x)}, K) of {len(x)} inputs, got {tuple(z.shape)}: one class a sample can be "

@@ -17,7 +17,7 @@ SIMILARITIES = ("iou10", "cosine", "spearman", "ssim")  # what has a null and a 
 
 
 class Film:
-    """Snapshots of one probe set by one method, oldest first, in 8 bits; the first is the anchor.
+    """Snapshots of one probe set by one method, oldest first, in 16 bits; the first is the anchor.
 
     Of the snapshots in between, every one is kept at first, then every second, every fourth, and so on: the size stays
     the same however long the run is.
@@ -51,7 +51,7 @@ class Film:
         Returns:
             Means over the probes of everything that :func:`~lightning_robust.saliency.drift` measures, as
             ``iou10_to_anchor``, ``iou10_to_previous`` and so on; the first snapshot has not moved. Both sides are
-            compared in 8 bits, so that equal maps are equal, also with those that a checkpoint brought back.
+            compared in 16 bits, so that equal maps are equal, also with those that a checkpoint brought back.
         """
         now = quantised(maps)
         anchor, previous = (self._kept[0][2], self._kept[-1][2]) if self._kept else (now, now)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lightning_robust.ood.scores import two_class
 from lightning_robust.protocols import LogitsFn
 from lightning_robust.saliency.explaining import broadcast, check_inputs, explained
 
@@ -54,7 +55,7 @@ def hidden_tiles(
         >>> maps = hidden_tiles(lambda x: (x * weight).sum((1, 2, 3)), x, torch.tensor([1]), tiles=2)
         >>> maps.round(decimals=2)
         tensor([[[0.0000, 0.0000],
-                 [0.6900, 0.0000]]])
+                 [0.6400, 0.0000]]])
 
     References:
         Zintgraf et al., `Visualizing Deep Neural Network Decisions: Prediction Difference Analysis
@@ -83,4 +84,9 @@ def hidden_tiles(
                 maps[:, row, column] = (whole - sure(hidden))[:, :, None]
         return maps
 
-    return explained(attribute, logits_fn, x, target, chunk_size, broadcast(baseline, x))
+    def both(x: Tensor) -> Tensor:
+        # Elsewhere a yes/no logit is that of class 1 as it is; probabilities need the pair that it stands for.
+        z = logits_fn(x)
+        return two_class(z) if z.ndim == 1 or z.shape[1:] == (1,) else z
+
+    return explained(attribute, both, x, target, chunk_size, broadcast(baseline, x))

@@ -19,7 +19,9 @@ from lightning_robust.saliency.sanity import Explain
 __all__ = ["attack_overlap", "quality", "sensitivity"]
 
 
-def sensitivity(explain: Explain, x: Tensor, *, radius: float = 0.02, samples: int = 10, seed: int = 0) -> Tensor:
+def sensitivity(
+    explain: Explain, x: Tensor, *, radius: float | Tensor = 0.02, samples: int = 10, seed: int = 0
+) -> Tensor:
     r"""How far maps move at most when their inputs move a little.
 
     .. math:: \max_{\|d\|_\infty \le r} \frac{\|S(x + d) - S(x)\|_2}{\|S(x)\|_2}
@@ -29,7 +31,7 @@ def sensitivity(explain: Explain, x: Tensor, *, radius: float = 0.02, samples: i
     Args:
         explain: ``x -> maps``, always given all samples in their order, so that targets can be closed over.
         x: Inputs ``(N, ...)``.
-        radius: Of the perturbations, in the units of ``x``.
+        radius: Of the perturbations, in the units of ``x``: a number, or a tensor that broadcasts against ``x``.
         samples: Draws. Each sample has its own ones, a function of the seed and its row.
         seed: Of the draws.
 
@@ -50,7 +52,8 @@ def sensitivity(explain: Explain, x: Tensor, *, radius: float = 0.02, samples: i
     """
     from captum.metrics import sensitivity_max  # type: ignore[import-untyped]  # captum ships no types
 
-    if not (len(x) and radius > 0 and samples >= 1):
+    reach = torch.as_tensor(radius, dtype=x.dtype, device=x.device)
+    if not (len(x) and float(reach.min()) >= 0 and float(reach.max()) > 0 and samples >= 1):
         raise ValueError(
             f"sensitivity() needs inputs, a radius above 0 in their units and one draw or more; got {tuple(x.shape)}, "
             f"radius={radius}, samples={samples}."
@@ -58,7 +61,7 @@ def sensitivity(explain: Explain, x: Tensor, *, radius: float = 0.02, samples: i
     generators = [seeded(seed, i) for i in range(len(x))]
 
     def perturbed(inputs: Tensor, _: float) -> Tensor:
-        return inputs + radius * (2 * uniform(inputs, generators) - 1)
+        return inputs + reach * (2 * uniform(inputs, generators) - 1)
 
     def explained(inputs: Any) -> tuple[Tensor]:
         (inputs,) = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -128,7 +131,7 @@ def quality(
     x_adv: Tensor | None = None,
     steps: int = 16,
     baseline: float | Tensor = 0.0,
-    radius: float = 0.02,
+    radius: float | Tensor = 0.02,
     samples: int = 10,
     chunk_size: int | None = None,
     seed: int = 0,

@@ -18,6 +18,7 @@ from lightning_robust.saliency.grids import enlarged_to, token_grid
 __all__ = ["attention_rollout"]
 
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
+_NO_CLASS_TOKEN = (0, 4)  # how many tokens stand in front of the patches: none, or registers
 
 
 def attention_rollout(
@@ -39,19 +40,22 @@ def attention_rollout(
 
     Attention is read where it is computed, in ``torch.nn.functional``: by ``multi_head_attention_forward``
     (``nn.MultiheadAttention``, ``nn.TransformerEncoder``) and ``scaled_dot_product_attention`` (timm, transformers).
-    Weights are computed a second time beside it; what the model computes stays as it is. Cross-attention is left out.
+    Weights are computed a second time beside it; what the model computes stays as it is. Cross-attention is left out:
+    where the lengths of two sequences differ, and in ``multi_head_attention_forward`` where query and key are two
+    tensors.
 
     Args:
         logits_fn: As for :func:`~lightning_robust.saliency.methods.gradient`, though it need not be differentiable.
         x: Pictures ``(N, C, H, W)``, or tables ``(N, D)`` with a token for each feature.
         target: Classes ``(N,)``, ignored.
         class_token: Where in a table's tokens the class token is, if there is one more token than features. Of pictures
-            class and register tokens stand in front, the class token first.
+            class and register tokens stand in front, the class token first; four of them are registers alone.
         chunk_size: Samples a forward, for memory; ``None`` for all.
 
     Returns:
-        Maps ``(N, H, W)`` or ``(N, D)``, at least 0: the row of the class token, or the mean of all rows where there is
-        no other token than those of the input. Pictures' maps are enlarged linearly. float32, detached.
+        Maps ``(N, H, W)`` or ``(N, D)``, at least 0: the row of the class token, or the mean of the input's own rows
+        where there is no class token (registers alone are none). Pictures' maps are enlarged linearly. float32,
+        detached.
 
     Raises:
         ValueError: If no attention was seen (written by hand, compiled, or of a library's own kernel), or its tokens
@@ -82,7 +86,8 @@ def attention_rollout(
         if watcher.rolled is None:
             raise ValueError(
                 "no self-attention was seen: attention rollout sees torch.nn.functional.multi_head_attention_forward "
-                "and scaled_dot_product_attention, not attention that is written by hand, compiled, or computed by "
+                "(of one tensor to itself) and scaled_dot_product_attention, not attention that is written by hand, "
+                "from one sequence to another, compiled, or computed by "
                 "another library (timm: fused_attn; transformers: attn_implementation='sdpa'). Use 'gradient' or "
                 "another method for models without attention."
             )
@@ -105,7 +110,8 @@ def _on_input(rolled: Tensor, x: Tensor, class_token: str) -> Tensor:
             f"front) nor the features of inputs {tuple(x.shape)}. Use another method."
         )
     extra, rows, columns = grid
-    row = rolled[:, 0, extra:] if extra else rolled.mean(1)
+    # Without a class token an output is the mean of patches; what registers look at is dropped with them.
+    row = rolled[:, extra:, extra:].mean(1) if extra in _NO_CLASS_TOKEN else rolled[:, 0, extra:]
     return enlarged_to(row.reshape(-1, rows, columns), x.shape)
 
 
@@ -129,7 +135,9 @@ class _AttentionWatcher(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
-            self._add(_multi_head_weights(*args, **kwargs))
+            call = _MULTI_HEAD.bind(*args, **kwargs)
+            if call.arguments["query"] is call.arguments["key"]:
+                self._add(_multi_head_weights(call))
         elif func is F.scaled_dot_product_attention:
             self._add(_dot_product_weights(*args, **kwargs))
         return result
@@ -154,9 +162,8 @@ class _AttentionWatcher(TorchFunctionMode):
         self.rolled = mixed if self.rolled is None else mixed @ self.rolled
 
 
-def _multi_head_weights(*args: Any, **kwargs: Any) -> Tensor:
+def _multi_head_weights(call: inspect.BoundArguments) -> Tensor:
     """Attention ``(N, T, S)`` of one call, averaged over heads; the same call again, which returns it."""
-    call = _MULTI_HEAD.bind(*args, **kwargs)
     # Without dropout: its random numbers are the model's own.
     call.arguments.update(need_weights=True, average_attn_weights=True, training=False)
     if call.arguments.get("attn_mask") is not None:

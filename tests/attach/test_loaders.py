@@ -10,10 +10,11 @@ import pytorch_lightning as pl
 import torch
 import zoo
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, TensorDataset
 
 from lightning_robust.attach.loaders import (
     evaluation_loaders,
+    is_everyones,
     named,
     own_batches,
     size_of,
@@ -179,3 +180,16 @@ def test_a_batch_of_ours_arrives_as_a_batch_of_the_loader_does(
     for theirs, ours in seen:
         assert theirs.dtype == ours.dtype
         assert torch.equal(theirs, ours)
+
+
+class Dealing(SequentialSampler):
+    """A sampler of somebody's own, who may well deal samples to processes."""
+
+
+def test_only_torchs_own_samplers_give_everybody_everything() -> None:
+    dataset = TensorDataset(torch.zeros(4, 1))
+    assert is_everyones(DataLoader(dataset, 2))
+    assert is_everyones(DataLoader(dataset, 2, shuffle=True))
+    assert not is_everyones(DataLoader(dataset, 2, sampler=Dealing(dataset)))
+    assert not is_everyones(DataLoader(dataset, 2, sampler=DistributedSampler(dataset, 2, 0)))
+    assert not is_everyones([torch.zeros(2)])

@@ -258,3 +258,74 @@ def test_two_penalties_by_inputs_that_overlap_without_being_the_same_are_refused
     install(module, "both", add=Slope(), track=lambda step: Inputs(((0,), (1,))))
     with pytest.raises(RuntimeError, match=r"different inputs that overlap .*give them the same input_key="):
         module.training_step([torch.ones(2, 1), torch.ones(2, 1)], 0)
+
+
+def test_who_differentiates_by_nothing_this_time_gets_a_step_without_a_graph() -> None:
+    module, slope = Squares(), Slope()
+    install(module, "slope", add=slope, track=lambda step: FIRST if len(slope.given) else None)
+    for tracked in (False, True):
+        if tracked:
+            module.training_step([torch.ones(1, 1)], 0)
+        else:
+            with pytest.raises(RuntimeError, match="appears to not have been used"):
+                module.training_step([torch.ones(1, 1)], 0)
+        assert bool(slope.given[-1][0].tracked) == tracked
+
+
+# -- manual optimisation, without a loss call ------------------------------------------------------------------------
+
+
+class Manual(Squares):
+    """Backward passes of any values, with the gradients of ``net`` and ``other`` behind each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = torch.nn.Linear(1, 1, bias=False)
+        self.gradients: list[tuple[float, float]] = []
+        self.losses = [lambda: 0 * self.other.weight.sum(), lambda: 0 * self.net.weight.sum()]
+
+    def manual_backward(self, loss: torch.Tensor) -> None:
+        self.zero_grad()
+        loss.backward()
+        weights = (self.net.weight, self.other.weight)
+        self.gradients.append(tuple(0.0 if w.grad is None else float(w.grad) for w in weights))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for loss in self.losses:
+            self.manual_backward(loss())
+
+
+def test_a_term_without_a_loss_call_waits_for_a_loss_that_shares_a_parameter_and_is_computed_once() -> None:
+    module, calls = Manual(), []
+
+    def add(step: Step, call: Any, state: Any) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        return ten_w(step, call, state)
+
+    install(module, "ten_w", add=add, watched=False)
+    module.training_step([torch.ones(1, 1)], 0)
+    assert (module.gradients, len(calls)) == ([(0.0, 0.0), (10.0, 0.0)], 1)
+    module.losses.append(module.losses[1])  # once is enough
+    module.gradients.clear()
+    module.training_step([torch.ones(1, 1)], 0)
+    assert module.gradients == [(0.0, 0.0), (10.0, 0.0), (0.0, 0.0)]
+
+
+def test_a_term_that_meets_no_loss_of_its_parameters_is_an_error_until_it_met_one() -> None:
+    module = Manual()
+    install(module, "ten_w", add=ten_w, watched=False)
+    both, module.losses = module.losses, module.losses[:1]
+    with pytest.raises(RuntimeError, match=r"^ten_w adds a term .*no loss that Manual.training_step"):
+        module.training_step([torch.ones(1, 1)], 0)
+    module.losses = both
+    module.training_step([torch.ones(1, 1)], 0)
+    module.losses = both[:1]
+    module.training_step([torch.ones(1, 1)], 0)  # a step that leaves this network alone
+
+
+def test_who_adds_nothing_this_time_need_meet_no_loss() -> None:
+    module = Manual()
+    install(module, "nothing", add=lambda *_: {}, watched=False)
+    module.losses = module.losses[:1]
+    module.training_step([torch.ones(1, 1)], 0)

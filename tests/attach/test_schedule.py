@@ -110,6 +110,48 @@ def test_a_negative_penalty_cannot_be_made_as_large_as_the_loss() -> None:
         Weight("auto", "it").measure(Processes(), torch.tensor(1.0), torch.tensor(-0.5))
 
 
+class Sum(Processes):
+    """The other process gathered the same number of steps."""
+
+    def reduce(self, pair: Tensor, reduce_op: str) -> Tensor:
+        assert reduce_op == "mean"
+        return (pair + torch.tensor(self.theirs, dtype=pair.dtype)) / 2
+
+
+def gathered(*steps: tuple[float, float, float]) -> Weight:
+    weight = Weight("auto", "it", gradual=True)
+    for step in steps:
+        weight.gather(*map(torch.tensor, step))
+        assert (weight.open, weight.at(0.5)) == (True, 0.0)
+    return weight
+
+
+def test_a_gradual_weight_is_the_mean_loss_over_the_mean_penalty_of_all_steps_and_processes() -> None:
+    weight = gathered((2.0, 0.0, 2.3), (math.nan, 1.0, 2.3), (1.0, 0.1, 2.3), (1.0, math.inf, 2.3))
+    said = weight.settle(Sum(1.0, 0.3, 4.6, 2.0))
+    assert weight.at(1.0) == pytest.approx((2 + 1 + 1) / (0.1 + 0.3))
+    assert said == "weight 'auto' is 10 (loss 1 / penalty 0.1)"
+    assert weight.settle(Sum()) is None  # nothing more was gathered
+
+
+def test_a_gradual_weight_in_the_thousands_waits_as_long_as_predictions_are_even() -> None:
+    weight = gathered((2.2, 1e-4, 2.3))
+    assert "predictions are next to even" in (weight.settle(Processes()) or "")
+    assert (weight.open, weight.at(2.0)) == (True, 0.0)
+    for pair in ((2.2, 1e-2, 2.3), (2.0, 1e-4, 2.3), (2.2, 1e-4, math.nan)):
+        weight = gathered(pair)
+        weight.settle(Processes())
+        assert weight.open == math.isnan(pair[2])  # a step that overflows is no step
+
+
+def test_a_gradual_weight_forgets_what_was_gathered_where_another_stretch_begins() -> None:
+    weight = gathered((1.0, 1.0, 2.3))
+    weight.start()
+    assert weight.settle(Processes()) is None
+    with pytest.raises(ValueError, match=r"not negative, got -0.5 in the first epoch"):
+        gathered((1.0, -0.5, 2.3)).settle(Processes())
+
+
 @pytest.mark.parametrize("given", ["automatic", {}, -0.1, math.nan, {0: -1.0}, {-1: 0.1}])
 def test_a_weight_of_no_form_is_refused(given: Any) -> None:
     with pytest.raises(ValueError, match=r"it\(weight=\) must"):

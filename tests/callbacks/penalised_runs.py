@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_robust import InputGradientPenalty, SaliencyRegularization, ThreatModel
 from lightning_robust.penalties import AttributionPrior, JacobianPenalty, SaliencyConsistency, SaliencyGuided
-from lightning_robust.randomness import RandomState
+from lightning_robust.randomness import RandomState, seeded
 from lightning_robust.recipe import compose, instantiate
 
 THREAT = ThreatModel("linf", 0.1)
@@ -30,6 +31,12 @@ OTHERS: dict[str, Any] = {
     "sparsity": AttributionPrior("sparsity", samples=2),
     "consistency": SaliencyConsistency(),
 }
+
+
+def drawing(penalty: Any, *keys: int, seed: int = 0) -> torch.Generator:
+    """The random numbers of a penalty in a callback without a name."""
+    who = zlib.crc32(f"SaliencyRegularization({penalty.name}) None".encode())
+    return seeded(seed, 0, *keys, who)
 
 
 def data(n: int = 48, *more: Tensor) -> DataLoader[Any]:
@@ -176,6 +183,8 @@ def squares(losses: Any, x: Tensor, method: str, mask: Tensor | None = None) -> 
 def written_by_hand(shape: type[zoo.Shape], method: str, weight: float = WEIGHT) -> type[Any]:
     """The module of a stranger with the penalty in its training_step, on forwards of their own."""
 
+    labels = 4 if issubclass(shape, zoo.SigmoidMultiLabel) else 1  # their mean is meant, and their sum is by hand
+
     class Written(shape):
         def training_step(self, *args: Any) -> Any:
             batch, state = copy.deepcopy(args[0]), RandomState.capture()
@@ -184,7 +193,7 @@ def written_by_hand(shape: type[zoo.Shape], method: str, weight: float = WEIGHT)
 
             def losses(x: Tensor) -> Tensor:
                 state.restore()
-                return self.by_hand(copy.deepcopy(batch), x)[2]
+                return self.by_hand(copy.deepcopy(batch), x)[2] / labels
 
             term = weight * squares(losses, self.image(batch), method).mean()
             end.restore()

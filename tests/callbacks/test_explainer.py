@@ -27,8 +27,8 @@ class Conv(zoo.ListBatch):
 
 def explained(methods: dict[str, Any], shape: Any = Conv, x: Tensor = X, **settings: Any) -> tuple[Any, list[str]]:
     module, said = zoo.built(shape), []
-    pixels = settings.pop("pixels", PixelSpace())
-    explainer = Explainer(methods, settings.pop("layer", None), pixels, 5, said.append)
+    pixels = settings.pop("pixels", None)
+    explainer = Explainer(methods, settings.pop("layer", None), pixels, 5, lambda text, _: said.append(text))
     with Probe().reading(Step.of(module, "validation_step", [x, Y], 0)) as reading:
         return {name: explainer.maps(name, reading, x, Y) for name in methods}, said
 

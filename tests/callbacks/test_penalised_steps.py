@@ -22,7 +22,7 @@ from callbacks.penalised_runs import (
     penalised,
     written_by_hand,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_robust import SaliencyRegularization
@@ -177,6 +177,66 @@ class BareBackward(zoo.ManualOptimisation):
 def test_a_backward_pass_that_goes_past_lightning_is_an_error_in_the_first_step() -> None:
     with pytest.raises(RuntimeError, match=r"SaliencyRegularization\(input_gradient\) adds .*instead of loss.backward"):
         fitted(BareBackward, penalised())
+
+
+class AuxiliaryFirst(NoDropout):
+    """Another network with an optimizer of its own, whose backward pass comes first; the loss of both is by hand."""
+
+    toggled = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(64, 1)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        first, second = self.optimizers()
+        if self.toggled:
+            self.toggle_optimizer(first)
+        first.zero_grad()
+        self.manual_backward(self.other(x.flatten(1)).square().mean())
+        first.step()
+        if self.toggled:
+            self.untoggle_optimizer(first)
+            self.toggle_optimizer(second)
+        second.zero_grad()
+        self.manual_backward(-self.net(x).log_softmax(1).gather(1, y[:, None]).mean())
+        second.step()
+        if self.toggled:
+            self.untoggle_optimizer(second)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=lr) for part, lr in ((self.other, 0.1), (self.net, 1.0))]
+
+
+OF_NET: dict[str, Any] = {"logits_fn": lambda module, batch: module.net(batch[0]), "target_key": 1}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("toggled", [False, True])
+def test_a_penalty_without_a_loss_call_joins_the_backward_pass_of_its_own_network(toggled: bool, method: str) -> None:
+    shape = type("Turns", (AuxiliaryFirst,), {"toggled": toggled})
+    found, plain = fitted(shape, penalised(method, **OF_NET)), fitted(shape)
+    expected = fitted(NoDropout, penalised(method))
+    torch.testing.assert_close(flat(found.net), flat(expected.net), rtol=1e-5, atol=2e-5)
+    assert float((flat(plain.net) - flat(found.net)).abs().max()) > 1e-4
+    assert torch.equal(flat(found.other), flat(plain.other))
+    assert all(parameter.requires_grad for parameter in found.parameters())
+
+
+def test_where_no_backward_pass_is_that_of_its_network_it_is_an_error_in_the_first_step() -> None:
+    class OtherAlone(AuxiliaryFirst):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer, _ = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.other(batch[0].flatten(1)).square().mean())
+            optimizer.step()
+
+    with pytest.raises(
+        RuntimeError, match=r"no loss that OtherAlone\.training_step .* trains a parameter that this term"
+    ):
+        fitted(OtherAlone, penalised(**OF_NET))
 
 
 # -- functions of the user's -----------------------------------------------------------------------------------------

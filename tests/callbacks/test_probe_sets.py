@@ -212,12 +212,40 @@ def test_ranks_are_the_loss_and_the_confidence_of_mistakes() -> None:
         ({"probes": "hardest"}, "a list of 'stratified', 'hardest', 'confident_wrong', got 'hardest'"),
         ({"probes": ["easiest"]}, r"got \['easiest'\]"),
         ({"probes": []}, r"got \[\]"),
-        ({"indices": []}, "of at least one sample"),
+        ({"indices": []}, r"from 0 on; got \[\]"),
+        ({"indices": [-1, 3]}, r"from 0 on; got \[-1, 3\]"),
+        ({"extra": {"hardest": []}}, "cannot be called 'hardest'.*attacked, confident_wrong, hardest"),
+        ({"extra": {"a/b": []}}, "cannot be called 'a/b'"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         SaliencySnapshots(["gradient"], **settings)
+
+
+def test_numbers_that_the_data_do_not_hold_are_said() -> None:
+    with pytest.warns(UserWarning, match=r"val data hold no sample .* of the numbers \[1000\] that indices= asks"):
+        _, trainer = fit(SaliencySnapshots(["gradient"], indices=[3, 1000]))
+    assert "saliency/val_gradient/gini" in trainer.callback_metrics
+
+
+class Right(Net):
+    """Is right about everything: the first pixel says what it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        names: Tensor = (10 * x[:, 0, 0, 0]).unsqueeze(1) - torch.arange(10)
+        return 0.01 * self.net(x) - names.square()
+
+
+def test_a_set_that_nothing_fits_leaves_the_others_alone() -> None:
+    x, y = data().dataset.tensors
+    x = x.clone()
+    x[:, 0, 0, 0] = y / 10
+    loader = DataLoader(TensorDataset(x, y), 16)
+    callback = SaliencySnapshots(["gradient"], samples=4, probes=["confident_wrong", "stratified"])
+    zoo.trainer(callbacks=[callback]).fit(zoo.built(Right), loader, loader)
+    assert callback.sets.of("val")["confident_wrong"].probes is None
+    assert len(callback.sets.of("val")[""].history) == 1
 
 
 def test_two_processes_choose_what_one_chooses(tmp_path: Path) -> None:

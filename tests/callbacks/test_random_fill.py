@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def test_noise_is_where_the_mask_is_and_all_other_bits_are_as_they_were() -> Non
 def test_noise_is_uniform_in_its_range_and_a_function_of_seed_step_and_batch() -> None:
     fed = steps(fitted(RandomFill(2, low=0.2, high=0.6, seed=5)))
     for step, found in enumerate(fed):
-        expected = 0.2 + 0.4 * uniform(found, seeded(5, 0, step, step))
+        who = zlib.crc32(b"RandomFill(batch[2]) None")
+        expected = 0.2 + 0.4 * uniform(found, seeded(5, 0, step, step, who))
         mask = marks(48)[16 * step :][:16] > 0
         torch.testing.assert_close(found[mask], expected[mask])
 
@@ -249,6 +251,15 @@ def test_it_makes_a_model_unlearn_a_giveaway_in_the_mask() -> None:
 def test_settings_out_of_range_are_refused(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         RandomFill(2, **arguments)
+
+
+def test_the_first_batch_is_held_to_the_pixel_space_unless_a_range_is_given() -> None:
+    normalised = loader(x=(zoo.images(48) - 0.5) / 0.25)
+    with pytest.raises(ValueError, match=r"within \[0, 1\], got \[-2, 1.9.*These look normalised"):
+        fitted(RandomFill(2), data=normalised)
+    pixels = PixelSpace(mean=0.5, std=0.25)
+    for fill in (RandomFill(2, pixels=pixels), RandomFill(2, low=-1, high=1), RandomFill(2, high=2)):
+        fitted(fill, data=normalised)
 
 
 def test_a_missing_mask_lists_the_batch_and_one_that_does_not_fit_says_how_it_should_look() -> None:

@@ -18,21 +18,32 @@ from callbacks.penalised_runs import (
     NoDropout,
     OneBackward,
     Smooth,
+    Triple,
     TwoBackwards,
     built_from_recipe,
     compiled,
     data,
+    drawing,
     fitted,
     flat,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_robust import PGD, AdversarialTraining, RobustTrainingMixin, SaliencyRegularization, ThreatModel
+from lightning_robust import (
+    PGD,
+    AdversarialTraining,
+    InputGradientPenalty,
+    RandomFill,
+    RightReasons,
+    RobustTrainingMixin,
+    SaliencyRegularization,
+    ThreatModel,
+)
 from lightning_robust.callbacks.adversarial_training import AdversarialTraining as Adversarial
 from lightning_robust.penalties import AttributionPrior, JacobianPenalty, SaliencyConsistency, SaliencyGuided
-from lightning_robust.randomness import RandomState, seeded
+from lightning_robust.randomness import RandomState
 
 ATTACKS = {"strong": PGD(ThreatModel("linf", 0.3), steps=3, start="zero")}
 
@@ -49,7 +60,7 @@ def called_in_the_step(shape: type[Any], penalty: Any, weight: float = WEIGHT) -
             loss = super().training_step(batch, batch_idx)
             end, buffers = RandomState.capture(), [b.clone() for b in self.buffers()]
             start.restore()
-            term = penalty(self.net, x, y, generator=seeded(0, 0, self.global_step, batch_idx))
+            term = penalty(self.net, x, y, generator=drawing(penalty, self.global_step, batch_idx))
             end.restore()
             for buffer, before in zip(self.buffers(), buffers, strict=True):
                 buffer.data.copy_(before)
@@ -108,8 +119,13 @@ def test_other_penalties_of_weight_zero_change_nothing_buffers_and_random_stream
 
 @pytest.mark.parametrize("shape", [s for s in zoo.ZOO if s is not zoo.ManualOptimisation], ids=lambda s: s.__name__)
 def test_other_penalties_run_in_the_steps_of_strangers(shape: type[Any]) -> None:
-    callbacks = [SaliencyRegularization(p, WEIGHT, name=f"n{i}") for i, p in enumerate(OTHERS.values())]
-    assert bool(flat(fitted(shape, *callbacks, max_steps=2)).isfinite().all())
+    plain = flat(fitted(shape, max_steps=2))
+    for name, penalty in OTHERS.items():
+        found = flat(fitted(shape, SaliencyRegularization(penalty, 10 * WEIGHT), max_steps=2))
+        assert bool(found.isfinite().all()), name
+        assert float((found - plain).abs().max()) > 1e-4, name
+    together = [SaliencyRegularization(p, WEIGHT, name=f"n{i}") for i, p in enumerate(OTHERS.values())]
+    assert bool(flat(fitted(shape, *together, max_steps=2)).isfinite().all())
 
 
 # -- consistency -----------------------------------------------------------------------------------------------------
@@ -192,6 +208,26 @@ def test_an_own_attack_is_held_to_its_pixels_in_the_first_step() -> None:
         fitted(zoo.ListBatch, callback, loader=loader)
 
 
+@pytest.mark.parametrize(
+    ("beside", "attack", "says"),
+    [
+        ("madry", None, "against the clean one"),
+        ("trades", None, "against noise of its own"),
+        ("mart", None, "against the clean one"),
+        ("trades", ATTACKS["strong"], "against its own attack"),
+        (None, None, "against noise of its own"),
+    ],
+)
+def test_at_the_start_it_is_said_what_explanations_are_compared_with(
+    beside: Any, attack: Any, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(SaliencyRegularization, "say", lambda _, __, message: lines.append(message))
+    others = [AdversarialTraining(PGD(THREAT, steps=1), beside)] if beside else []
+    fitted(Smooth, *others, SaliencyRegularization(SaliencyConsistency(attack)), max_steps=1)
+    assert f"at the fed batch {says};" in lines[0]
+
+
 # -- random numbers, forwards, recipes -------------------------------------------------------------------------------
 
 
@@ -211,6 +247,69 @@ def test_random_numbers_of_a_penalty_are_a_function_of_the_seed_the_step_and_the
     for numbers in seen:
         assert numbers[0] == numbers[1]  # the check before the first step, and that step
         assert len(set(numbers)) == 3
+
+
+def test_two_callbacks_of_one_seed_draw_other_numbers() -> None:
+    seen: dict[str, Tensor] = {}
+
+    def one(logits_fn: Any, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        seen.setdefault(f"one {len(seen)}", torch.rand(3, generator=generator))
+        return logits_fn(x).square().mean()
+
+    def other(logits_fn: Any, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        seen.setdefault(f"other {len(seen)}", torch.rand(3, generator=generator))
+        return logits_fn(x).square().mean()
+
+    fills = [RandomFill(2), RandomFill(2, name="second")]
+    masked = TensorDataset(zoo.images(16), zoo.labels(16), torch.ones(16, 1, 8, 8))
+    filled: list[Tensor] = []
+
+    class Keeping(Triple):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            filled.append(batch[0].detach().clone())
+            return super().training_step(batch, batch_idx)
+
+    for fill in fills:
+        fitted(Keeping, fill, loader=DataLoader(masked, 16), max_steps=1)
+    callbacks = [SaliencyRegularization(p, name=name) for p, name in ((one, None), (other, None), (one, "second"))]
+    for callback in callbacks:
+        fitted(Keeping, callback, loader=DataLoader(masked, 16), max_steps=1)
+    drawn = list({tuple(numbers.tolist()) for numbers in seen.values()})
+    assert len(drawn) == 3
+    assert len({tuple(x.flatten()[:3].tolist()) for x in filled if not torch.equal(x, zoo.images(16))}) == 2
+    assert not {tuple(x.flatten()[:3].tolist()) for x in filled} & set(drawn)
+
+
+class Segmenting(zoo.Shape):
+    """A class for each pixel; the loss is given rows of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 3, padding=1))
+
+    @staticmethod
+    def batch(n: int) -> Any:
+        return [zoo.images(n), torch.arange(64 * n).view(n, 8, 8) % 3, torch.ones(n, 1, 8, 8)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class Flattening(Segmenting):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]).movedim(1, -1).reshape(-1, 3), batch[1].flatten())
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "input_gradient", "right_reasons"])
+def test_a_step_that_flattens_its_logits_trains_as_one_that_does_not(name: str) -> None:
+    more: dict[str, Any] = {"input_gradient": InputGradientPenalty(), "right_reasons": RightReasons(2)}
+    penalty = {**OTHERS, **more}[name]
+    if isinstance(penalty, JacobianPenalty):
+        penalty = JacobianPenalty(192, "double_backward")  # one direction means another one in another order
+    weight = 1e4 if name == "right_reasons" else 2.0
+    rows, pixels = (fitted(s, SaliencyRegularization(penalty, weight), max_steps=2) for s in (Flattening, Segmenting))
+    torch.testing.assert_close(flat(rows), flat(pixels), rtol=1e-3, atol=2e-5)
+    assert float((flat(rows) - flat(fitted(Flattening, max_steps=2))).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -235,11 +235,11 @@ def reasons_by_hand(shape: type[Any], method: str) -> type[Any]:
 
             x = self.image(batch)
             mask = self.by_hand(batch, x)[3].expand_as(x)
-            square = squares(scalar, x, method, mask)[1:] / mask.flatten(1).sum(1)[1:]
+            square = squares(scalar, x, method, mask)[1:] / mask.flatten(1).sum(1)[1:]  # the first one has no marks
             torch.set_rng_state(end)
             for buffer, before in zip(self.buffers(), buffers, strict=True):
                 buffer.data.copy_(before)
-            return loss + 2.0 * square.mean()
+            return loss + 2.0 * square.sum() / len(x)
 
     return Written
 
@@ -258,6 +258,11 @@ def test_a_missing_mask_is_an_error_that_lists_the_batch() -> None:
     with pytest.raises(KeyError, match=r"batch\['masks'\]; it has batch\['image'\], batch\['label'\], batch\['mask'\]"):
         trainer.fit(zoo.built(Dict), zoo.loader(Dict))
     assert trainer.global_step == 0
+
+
+def test_a_mask_that_is_none_is_told_in_a_sentence() -> None:
+    with pytest.raises(ValueError, match=r"expects masks, a tensor, at batch\['mask'\], got NoneType; .* holds zeros"):
+        fitted(zoo.DictBatchWithExtras, SaliencyRegularization(RightReasons("mask")))
 
 
 # -- what cannot be trained ------------------------------------------------------------------------------------------

@@ -69,7 +69,11 @@ class Moments(pl.Callback):
 
 
 def saliency(trainer: Any) -> dict[str, float]:
-    return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("saliency")}
+    """What was logged; a part of it, to the same value, stands in ``callback_metrics``."""
+    logged = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("saliency")}
+    (measured,) = (c.measured for c in trainer.callbacks if isinstance(c, SaliencySnapshots))
+    assert logged.keys() <= measured.keys() or not measured
+    return {**measured, **logged}
 
 
 def fit(module: Any, *callbacks: Any, validation: Any = None, training: Any = None, **settings: Any) -> pl.Trainer:
@@ -100,9 +104,9 @@ def loaded(shape: type[Any], state: dict[str, Tensor]) -> Any:
 
 
 def assert_maps(found: Tensor, expected: Tensor) -> None:
-    """Equal up to one step of 8 bits."""
+    """Equal up to one step of 16 bits, and round-off."""
     assert found.shape == expected.shape
-    step = expected.abs().flatten(1).amax(1) / 127
+    step = expected.abs().flatten(1).amax(1) / 1000
     assert bool(((found - expected).abs().flatten(1).amax(1) <= 0.51 * step + 1e-7).all())
 
 
@@ -201,7 +205,7 @@ def test_one_filmstrip_a_method_is_logged_again_and_again(tmp_path: Path) -> Non
     assert set(events.Tags()["images"]) == {f"saliency/val_{method}/{name}" for method in METHODS for name in pictures}
     for method in METHODS:
         steps = [event.step for event in events.Images(f"saliency/val_{method}/filmstrip")]
-        assert steps == [4, 8, 12, 16]
+        assert steps == [event.step for event in events.Scalars(f"saliency/val_{method}/gini")] == [3, 7, 11, 15]
     assert len(events.Scalars("saliency/val_gradcam/iou10_to_anchor")) == 4
 
 
@@ -266,7 +270,7 @@ def test_a_checkpoint_holds_maps_and_drift_as_plain_tensors(tmp_path: Path) -> N
     expected = maps_by_hand(
         loaded(Net, moments.states[0]), callback.sets.first("val").probes.x, callback.sets.first("val").probes.label
     )
-    assert anchor["values"].dtype == torch.int8
+    assert anchor["values"].dtype == torch.int16
     assert_maps(anchor["values"].double() * anchor["scale"].view(-1, 1, 1), expected["gradient"].double())
 
 
@@ -413,7 +417,7 @@ def test_tables_have_no_pictures_and_no_grad_cam_but_drift(tmp_path: Path) -> No
     table = DataLoader(TensorDataset(x.flatten(1), y), 16)
     callback, moments = SaliencySnapshots(METHODS, samples=4), Moments()
     logger = pl.loggers.TensorBoardLogger(tmp_path)
-    with pytest.warns(UserWarning, match=r"gradcam needs a feature map.*\(4, 64\)") as caught:
+    with pytest.warns(UserWarning, match=r"gradcam needs a feature map.*\(N, 64\)") as caught:
         fit(zoo.built(Tabular), callback, moments, training=table, validation=table, logger=logger)
     assert sum("gradcam" in str(w.message) for w in caught) == 1
     logged = moments.logged[-1]
@@ -701,6 +705,6 @@ def test_two_processes_explain_the_samples_and_log_the_numbers_of_one(tmp_path: 
     script, result = Path(__file__).parent / "two_processes_saliency.py", tmp_path / "result.json"
     subprocess.run([sys.executable, script, "snapshots", result], check=True, timeout=240, capture_output=True)
     found = json.loads(result.read_text())
-    assert len(found["1"]) == 1 + 2 * (2 * 5 + 4 * 4 + 2 + 2 + 1) + 6
+    assert len(found["1"]) == 1 + 2 * 11 + 6  # flips, two methods, the numbers of the probes
     assert found["2"] == pytest.approx(found["1"], abs=1e-6)
     assert found["1"]["saliency/val_gradient/iou10_to_anchor"] < 0.9

@@ -280,3 +280,20 @@ if __name__ == "__main__":  # two gloo processes, as a script
     torch.set_num_threads(1)
     logged = fitted(devices=2, strategy="ddp_fork")
     Path(sys.argv[1]).write_text(json.dumps(logged))
+
+
+def test_a_fit_whose_end_nobody_knew_says_that_nothing_was_looked_at() -> None:
+    finder, x = ShortcutFinder(max_samples=20), samples(30)
+    loader = DataLoader(TensorDataset(*x[:2]), 10)
+    stop = pl.callbacks.EarlyStopping("val_loss", patience=1, min_delta=10.0)
+    trainer = zoo.trainer(callbacks=[finder, stop], max_epochs=9)
+    with pytest.warns(UserWarning, match="no evaluation of this fit was known to be the last one"):
+        trainer.fit(Stamped(), loader, loader)
+    assert not finder.found
+    trainer.validate(Stamped(), loader, verbose=False)
+    assert finder.found["val"]
+
+
+def test_more_samples_than_can_be_clustered_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_samples= from 3 to 5000"):
+        ShortcutFinder(max_samples=50_000)

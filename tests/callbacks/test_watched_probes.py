@@ -27,6 +27,7 @@ def watched(*skills: float) -> WatchedProbes:
         ((0.3, 0.6, 0.0), 0),  # once was not enough
         ((0.6, 0.8, 0.1, 0.7), 0),  # over again
         ((0.6, float("nan")), 0),
+        ((0.8, 0.9, float("nan"), 0.8, 0.05), 1),  # a snapshot of NaN is no skill
     ],
 )
 def test_the_alarm_is_up_while_maps_that_had_settled_move(skills: tuple[float, ...], expected: int) -> None:

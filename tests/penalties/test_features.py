@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -40,3 +42,25 @@ def test_a_dimension_that_cannot_be_that_of_channels_is_refused(dim: int) -> Non
 def test_a_mask_without_channels_is_spread_over_them() -> None:
     mask = torch.tensor([[[1, 0], [0, 1]]])
     assert torch.equal(spread(mask, torch.zeros(1, 3, 2, 2)), mask[:, None].float().expand(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask", "expected"),
+    [
+        ((2, 5, 3), (2, 5), (2, 5, 1)),  # a sequence: points in time
+        ((2, 3, 5), (2, 5), (2, 1, 5)),  # a signal: places in all channels
+        ((2, 1, 5), (2, 5), (2, 1, 5)),
+        ((2, 5, 5), (2, 1), (2, 1, 1)),
+        ((2, 3, 3, 3), (2, 3, 3), (2, 1, 3, 3)),  # images: channels come first
+    ],
+)
+def test_a_mask_lacks_the_dimension_that_its_size_says(shape: Any, mask: Any, expected: Any) -> None:
+    marks = (torch.rand(mask) < 0.5).float()
+    assert torch.equal(spread(marks, torch.zeros(shape)), marks.reshape(expected).expand(shape))
+
+
+def test_a_mask_that_fits_in_two_ways_is_asked_for_its_dimension() -> None:
+    x, marks = torch.zeros(2, 5, 5), torch.eye(2, 5)
+    with pytest.raises(ValueError, match=r"fits inputs \(2, 5, 5\) in two ways: make it \(2, 1, 5\) .* or \(2, 5, 1\)"):
+        spread(marks, x)
+    assert torch.equal(spread(marks[:, :, None], x)[0].nonzero()[:, 0], torch.zeros(5).long())

@@ -67,12 +67,29 @@ def test_gradients_of_the_parameters_equal_those_of_torch_func() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_weight_does_not_depend_on_the_batch_size(method: str) -> None:
+    """Of samples that all differ, cut into batches of every size."""
     net, penalty = nn.Linear(3, 2), InputGradientPenalty(method=method)
-    once, thrice = penalty(net, X, Y), penalty(net, X.repeat(3, 1), Y.repeat(3))
-    torch.testing.assert_close(once, thrice)
-    torch.testing.assert_close(
-        torch.autograd.grad(once, net.weight)[0], torch.autograd.grad(thrice, net.weight)[0], rtol=1e-4, atol=1e-6
-    )
+    x = F.normalize(torch.randn(24, 3))  # of one length, which the finite step is a share of
+    y = torch.arange(24) % 2
+    whole = penalty(net, x, y)
+    for size in (1, 3, 8):
+        parts = [penalty(net, *part) for part in zip(x.split(size), y.split(size), strict=True)]
+        mean = torch.stack(parts).mean()
+        torch.testing.assert_close(mean, whole, rtol=1e-4, atol=0)
+        torch.testing.assert_close(
+            torch.autograd.grad(mean, net.weight)[0],
+            torch.autograd.grad(whole, net.weight, retain_graph=True)[0],
+            rtol=1e-3,
+            atol=1e-6,
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_samples_without_a_label_do_not_count(method: str) -> None:
+    x, penalty = F.normalize(X), InputGradientPenalty(method=method)
+    some = torch.tensor([0, -100, -100, 1])
+    torch.testing.assert_close(penalty(linear, x, some), penalty(linear, x[[0, 3]], Y[[0, 3]]), rtol=1e-4, atol=0)
+    assert penalty(linear, x, torch.full((4,), -100)).item() == 0
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -92,12 +109,34 @@ def test_a_yes_no_head_has_the_error_times_its_weights() -> None:
     torch.testing.assert_close(penalty, (error.square() * w.square().sum()).mean())
 
 
-def test_the_losses_of_a_samples_pixels_are_summed() -> None:
-    """Two pixels, each with a linear model of two classes on its own input: the squares of both add up."""
+def test_of_a_samples_pixels_the_mean_loss_is_meant() -> None:
+    """Two pixels, each with a linear model of two classes on its own input: half of each gradient, so a quarter."""
     x, y = torch.stack([X, X.flip(0)], 1), torch.stack([Y, Y.flip(0)], 1)
     penalty = InputGradientPenalty(method="double_backward")
     of_pixels = penalty(lambda x: (x @ W.T).movedim(-1, 1), x, y)
-    torch.testing.assert_close(of_pixels, 2 * penalty(linear, X, Y))
+    torch.testing.assert_close(of_pixels, 2 * penalty(linear, X, Y) / 4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_picture_of_twice_the_side_has_the_gradient_of_its_mean_loss(method: str) -> None:
+    """As ``F.cross_entropy`` has it: the loss is that of one picture, and so is the penalty."""
+    net, penalty = nn.Conv2d(2, 3, 3, padding=1), InputGradientPenalty(method=method)
+    x, y = torch.rand(1, 2, 6, 6), torch.randint(3, (1, 6, 6))
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(net(leaf), y), leaf)
+    expected = gradient.square().sum()
+    torch.testing.assert_close(
+        penalty(net, x, y).detach(), expected, rtol=1e-4 if method == METHODS[1] else 0.1, atol=0
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_labels_a_sample_do_not_make_it_larger(method: str) -> None:
+    """The same label five times: the mean loss is the same, and so is its gradient."""
+    w, y = torch.randn(3), (Y > 0).float()
+    one = InputGradientPenalty(method=method)(lambda x: (x @ w)[:, None], X, y[:, None])
+    five = InputGradientPenalty(method=method)(lambda x: (x @ w)[:, None].expand(-1, 5), X, y[:, None].expand(-1, 5))
+    torch.testing.assert_close(five, one, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("method", "forwards"), [("finite_differences", 1), ("double_backward", 0)])

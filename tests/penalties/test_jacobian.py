@@ -8,7 +8,9 @@ import pytest
 import torch
 from penalties.hands import Counted, W, X, Y, linear, network, parameter_gradient, smooth, weights
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lightning_robust.losses import LossCall
 from lightning_robust.penalties import JacobianPenalty
 from lightning_robust.randomness import seeded
 
@@ -60,11 +62,16 @@ def test_a_small_finite_step_trains_as_double_backward_does() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_batch_repeated_has_the_penalty_of_the_batch(method: Any) -> None:
-    net, penalty = network(), JacobianPenalty(3, method)
-    twice = penalty(net, X.repeat(5, 1), Y.repeat(5))
-    # Of all outputs and to first order, whichever directions were drawn.
-    torch.testing.assert_close(twice, penalty(net, X, Y), rtol=0.2 if method == METHODS[0] else 1e-4, atol=0)
+def test_the_weight_does_not_depend_on_the_batch_size(method: Any) -> None:
+    net, penalty = network(), JacobianPenalty(3, method, step=1e-3)
+    x, y = F.normalize(torch.randn(24, 4)), torch.arange(24) % 3
+    whole = penalty(net, x, y)
+    for size in (1, 3, 8):
+        parts = [penalty(net, *part) for part in zip(x.split(size), y.split(size), strict=True)]
+        # Of all outputs and to first order, whichever directions were drawn.
+        torch.testing.assert_close(
+            torch.stack(parts).mean(), whole, rtol=0.02 if method == METHODS[0] else 1e-4, atol=0
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -86,7 +93,29 @@ def test_outputs_of_every_shape_are_a_row_of_outputs(shape: tuple[int, ...]) -> 
     count = int(torch.tensor(shape).prod()) if shape else 1
     w = torch.randn(count, 4)
     found = JacobianPenalty(count, "double_backward")(lambda x: (x @ w.T).reshape(len(x), *shape), X, Y)
-    torch.testing.assert_close(found, w.square().sum() / 2, rtol=1e-4, atol=0)
+    each = 9 if len(shape) > 1 else 1  # pixels, over which a loss averages
+    torch.testing.assert_close(found, w.square().sum() / 2 / each, rtol=1e-4, atol=0)
+
+
+def test_several_labels_are_averaged_as_their_loss_does() -> None:
+    w, y = torch.randn(5, 4), torch.ones(3, 5)
+    by_targets = JacobianPenalty(5, "double_backward")(lambda x: x @ w.T, X, y)
+    by_call = JacobianPenalty(5, "double_backward")(
+        lambda x: x @ w.T, X, Y, call=lambda z: LossCall("binary_cross_entropy_with_logits", z, y)
+    )
+    torch.testing.assert_close(by_targets, w.square().sum() / 2 / 5, rtol=1e-4, atol=0)
+    torch.testing.assert_close(by_call, by_targets)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_class_that_is_switched_off_adds_nothing(method: Any) -> None:
+    w = W.clone().requires_grad_()
+    off = torch.tensor([0.0, -torch.inf, 0.0])
+    found = JacobianPenalty(3, method)(lambda x: x @ w.T + off, X, Y)
+    torch.testing.assert_close(found, W[[0, 2]].square().sum() / 2, rtol=1e-4, atol=0)
+    (gradient,) = torch.autograd.grad(found, w)
+    assert bool(gradient.isfinite().all())
+    assert not gradient[1].any()
 
 
 def test_the_generator_decides_and_the_global_stream_is_left_alone() -> None:

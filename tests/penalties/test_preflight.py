@@ -53,6 +53,8 @@ def transformer() -> Net:
     return Net(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)).train()
 
 
+# Dynamo's own, about the copy of the input that a network is given.
+DYNAMO = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 TWICE = [AttributionPrior(), SaliencyConsistency(), JacobianPenalty(method="double_backward")]
 ONCE = [SaliencyGuided(), JacobianPenalty()]
 
@@ -92,12 +94,14 @@ def test_both_remedies_for_attention_work() -> None:
         tried(EXACT, transformer())
 
 
+@DYNAMO
 def test_a_compiled_network_has_no_second_derivative(compiled: Any) -> None:
     with pytest.raises(RuntimeError, match=r"compiled network has no second derivative\. Use method='finite_differ"):
         tried(EXACT, compiled)
     tried(FINITE, compiled)
 
 
+@DYNAMO
 def test_a_compiled_network_that_gave_its_buffers_away_keeps_no_graph(compiled: Any) -> None:
     leaf = X.clone().requires_grad_()
     torch.autograd.grad(compiled(leaf).sum(), leaf)  # compiles the backward pass for one use
@@ -137,12 +141,14 @@ def test_attention_does_not_stop_what_needs_first_derivatives(penalty: Any) -> N
     tried(penalty, transformer())
 
 
+@DYNAMO
 @pytest.mark.parametrize("penalty", TWICE, ids=lambda p: p.name)
 def test_a_compiled_network_stops_what_needs_second_derivatives(penalty: Any, compiled: Any) -> None:
     with pytest.raises(RuntimeError, match=r"A compiled network has no second derivative\. Use "):
         tried(penalty, compiled)
 
 
+@DYNAMO
 @pytest.mark.parametrize("penalty", ONCE, ids=lambda p: p.name)
 def test_a_compiled_network_trains_by_first_derivatives(penalty: Any, compiled: Any) -> None:
     leaf = X.clone().requires_grad_()
@@ -210,6 +216,13 @@ def test_another_cause_keeps_its_message() -> None:
         tried(EXACT, net)
     assert isinstance(told.value.__cause__, RuntimeError)
     tried(FINITE, net)
+
+
+def test_where_every_gradient_is_0_it_warns_unless_that_may_be() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    with pytest.warns(UserWarning, match="flat is 3 on the first batch, and every gradient of it is exactly 0"):
+        preflight(lambda: 0 * weight.sum() + 3, [weight], "flat")
+    preflight(lambda: 0 * weight.sum(), [weight], "flat", may_vanish=True)
 
 
 def test_a_wrong_argument_is_left_as_it_is() -> None:

@@ -104,14 +104,61 @@ def test_marks_are_counted_where_they_are_spread_to() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_samples_without_marks_do_not_count(method: str) -> None:
+def test_samples_without_marks_add_nothing_and_are_counted(method: str) -> None:
     x = F.normalize(X) * 2  # one length, so that leaving one out does not change the step
     mask = MASK.clone()
     mask[1] = 0
     kept, penalty = [0, 2], RightReasons(method=method)
-    torch.testing.assert_close(
-        penalty(linear, x, Y, mask=mask), penalty(linear, x[kept], Y[kept], mask=mask[kept]), rtol=1e-4, atol=0
-    )
+    of_two = penalty(linear, x[kept], Y[kept], mask=mask[kept])
+    torch.testing.assert_close(penalty(linear, x, Y, mask=mask), of_two * 2 / 3, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_weight_does_not_depend_on_the_batch_size_where_masks_are_rare(method: str) -> None:
+    net, penalty = nn.Linear(4, 3), RightReasons(method=method)
+    x, y = F.normalize(torch.randn(24, 4)), torch.arange(24) % 3
+    mask = torch.zeros(24, 4)
+    mask[[0, 7, 8], 1] = 1
+    whole = penalty(net, x, y, mask=mask)
+    for size in (1, 3, 8):
+        parts = [
+            penalty(net, *p[:2], mask=p[2]) for p in zip(x.split(size), y.split(size), mask.split(size), strict=True)
+        ]
+        torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_samples_without_a_label_do_not_count(method: str) -> None:
+    x, penalty = F.normalize(X) * 2, RightReasons(method=method)
+    found = penalty(linear, x, torch.tensor([0, -100, 2]), mask=MASK)
+    torch.testing.assert_close(found, penalty(linear, x[[0, 2]], Y[[0, 2]], mask=MASK[[0, 2]]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_of_pixels_and_labels_the_mean_is_taken(method: str) -> None:
+    penalty, one = RightReasons(method=method), RightReasons(method=method)(linear, X, Y, mask=MASK)
+    pixels = penalty(lambda x: linear(x)[:, :, None].expand(-1, -1, 7), X, Y[:, None].expand(-1, 7), mask=MASK)
+    torch.testing.assert_close(pixels, one, rtol=1e-4, atol=0)
+    w, y = W[0], (Y > 0).float()[:, None]
+    yes_no = penalty(lambda x: (x @ w)[:, None], X, y, mask=MASK)
+    labels = penalty(lambda x: (x @ w)[:, None].expand(-1, 5), X, y.expand(-1, 5), mask=MASK)
+    torch.testing.assert_close(labels, yes_no, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_class_that_is_switched_off_is_left_out_of_the_sum(method: str) -> None:
+    w = W.clone().requires_grad_()
+    off = torch.tensor([0.0, -torch.inf, 0.0])
+    y = torch.tensor([0, 2, 0])
+    found = RightReasons(method=method)(lambda x: x @ w.T + off, X, y, mask=MASK)
+    torch.testing.assert_close(found, RightReasons(method=method)(lambda x: x @ w[[0, 2]].T, X, y // 2, mask=MASK))
+    (gradient,) = torch.autograd.grad(found, w)
+    assert bool(gradient.isfinite().all())
+
+
+def test_no_mask_is_told_in_a_sentence() -> None:
+    with pytest.raises(ValueError, match=r"expected a mask, a tensor .* got NoneType"):
+        PENALTY(linear, X, Y, mask=None)  # type: ignore[arg-type]  # what is tested
 
 
 @pytest.mark.parametrize("method", METHODS)

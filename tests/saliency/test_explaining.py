@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_robust import saliency
 from lightning_robust.saliency.explaining import broadcast, class_logits, explained, of_targets, without_channels
 
 X, TARGET = torch.arange(10.0).view(5, 2), torch.tensor([0, 1, 1, 0, 1])
@@ -34,7 +37,7 @@ def test_one_logit_a_sample_is_a_yes_or_no(shape: tuple[int, ...]) -> None:
 
 
 def test_logits_of_several_classes_stay_as_they_are() -> None:
-    assert class_logits(lambda x: x)(X) is X
+    assert torch.equal(class_logits(lambda x: x)(X), X)
 
 
 def test_logits_that_are_not_of_one_class_a_sample_are_refused() -> None:
@@ -68,3 +71,27 @@ def test_labels_of_a_yes_no_loss_may_be_floats() -> None:
 def test_channels_are_summed_where_there_are_any() -> None:
     assert torch.equal(without_channels(torch.ones(2, 3, 4)), torch.full((2, 4), 3.0))
     assert torch.equal(without_channels(X), X)
+
+
+IN_PLACE = [
+    *(saliency.gradient, saliency.input_x_gradient, saliency.smoothgrad, saliency.integrated_gradients),
+    saliency.occlusion,
+]
+
+
+@pytest.mark.parametrize("method", IN_PLACE, ids=lambda m: m.__name__)
+def test_a_network_whose_first_operation_is_in_place_leaves_the_inputs_alone(method: Any) -> None:
+    head, x, target = nn.Linear(6, 3), torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    kept = x.clone()
+    maps = method(nn.Sequential(nn.ReLU(inplace=True), head), x, target)
+    assert torch.equal(x, kept)
+    torch.testing.assert_close(maps, method(nn.Sequential(nn.ReLU(), head), x, target))
+
+
+def test_completeness_leaves_inputs_and_baselines_alone_too() -> None:
+    net, x, baseline = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 3)), torch.randn(4, 6), torch.randn(1, 6)
+    kept = x.clone(), baseline.clone()
+    maps = saliency.integrated_gradients(net, x, torch.zeros(4).long(), baseline=baseline)
+    saliency.completeness(net, x, torch.zeros(4).long(), maps, baseline)
+    assert torch.equal(x, kept[0])
+    assert torch.equal(baseline, kept[1])

@@ -70,7 +70,7 @@ def test_maps_come_back_within_half_a_step_of_eight_bits() -> None:
     maps = snapshots(2)
     (_, first), (_, now) = filmed(maps).shown()
     for found, exact in ((first, maps[0]), (now, maps[1])):
-        step = exact.abs().flatten(1).amax(1) / 127
+        step = exact.abs().flatten(1).amax(1) / 32767
         assert bool(((found - exact).abs().flatten(1).amax(1) <= 0.5 * step + 1e-7).all())
 
 

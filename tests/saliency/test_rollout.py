@@ -50,9 +50,11 @@ def test_the_class_tokens_row_is_what_the_recursion_gives(extra: int) -> None:
     torch.testing.assert_close(attention_rollout(net, PICTURES, TARGET), enlarged(expected))
 
 
-def test_without_a_class_token_rows_are_averaged() -> None:
-    net = with_seeded_weights(ViT(extra=0))
-    expected = rolled(attention_by_hand(net, PICTURES)).mean(1)
+@pytest.mark.parametrize("extra", [0, 4])
+def test_without_a_class_token_rows_of_patches_are_averaged(extra: int) -> None:
+    """Four tokens in front are registers alone."""
+    net = with_seeded_weights(ViT(extra=extra))
+    expected = rolled(attention_by_hand(net, PICTURES))[:, extra:, extra:].mean(1)
     torch.testing.assert_close(attention_rollout(net, PICTURES, TARGET), enlarged(expected))
 
 
@@ -212,3 +214,30 @@ def test_tokens_that_are_not_those_of_the_input_are_refused() -> None:
         attention_rollout(lambda x: block(torch.rand(4, 9, 8)).flatten(1), TABLE, TARGET)
     with pytest.raises(ValueError, match="must be 'first' or 'last', got 'front'"):
         attention_rollout(block, TABLE, TARGET, class_token="front")  # type: ignore[arg-type]  # what is wrong
+
+
+class Across(nn.Module):
+    """Learnt queries that gather from as many features; self-attention behind it, if wanted."""
+
+    def __init__(self, more: bool) -> None:
+        super().__init__()
+        self.enter, self.queries = nn.Linear(1, 8), nn.Parameter(torch.randn(1, 6, 8))
+        self.across = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.own = nn.MultiheadAttention(8, 2, batch_first=True) if more else None
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.enter(x[..., None])
+        if self.own is not None:
+            tokens = tokens + self.own(tokens, tokens, tokens)[0]
+        return self.head(self.across(self.queries.expand(len(x), -1, -1), tokens, tokens)[0].mean(1))
+
+
+def test_attention_to_another_sequence_of_the_same_length_is_left_out() -> None:
+    table, target = torch.rand(2, 6), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"no self-attention was seen: .*from one sequence to another"):
+        attention_rollout(Across(more=False), table, target)
+    net = Across(more=True).eval()
+    tokens = net.enter(table[..., None])
+    expected = rolled([net.own(tokens, tokens, tokens)[1]]).mean(1)
+    torch.testing.assert_close(attention_rollout(net, table, target), expected)

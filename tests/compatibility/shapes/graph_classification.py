@@ -14,7 +14,7 @@ SHAPE = Shape(
     noise=(NO_PICTURES,),
     errors={
         "robustness": r"the loss gets 2 rows for a batch of 8 samples",
-        "penalties": r"expected one number for each of 8 samples",
+        "penalties": r"expected targets of 8 samples, or as many rows for each",
     },
 )
 
