@@ -380,7 +380,8 @@ def test_the_diagram_arrives_in_tensorboard_and_the_bins_in_the_checkpoint(tmp_p
     events = EventAccumulator(str(logger.log_dir), size_guidance={"images": 0})
     events.Reload()
     assert events.Tags()["images"] == ["calibration/val/reliability"]
-    assert [image.step for image in events.Images("calibration/val/reliability")] == [7, 14]
+    steps = [image.step for image in events.Images("calibration/val/reliability")]
+    assert steps == [scalar.step for scalar in events.Scalars("calibration/val/ece")] == [6, 13]
     assert {"calibration/val/ece", "calibration.coarse/val/ece"} <= set(events.Tags()["scalars"])
     p, labels = offline(module, data())
     expected = reference(p, labels)
