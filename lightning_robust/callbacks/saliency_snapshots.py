@@ -21,6 +21,7 @@ from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.reading import Reading
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import ProbeError
+from lightning_robust.callbacks.cadence import Cadence
 from lightning_robust.callbacks.explainer import Explainer, submodule
 from lightning_robust.callbacks.photographer import ENSEMBLE, Photographer
 from lightning_robust.callbacks.probe_sets import ATTACKED, CHOICES, ProbeSets, joined
@@ -164,12 +165,9 @@ class SaliencySnapshots(Monitor):
         )
         if isinstance(methods, str) or not methods:
             raise ValueError(f"methods= takes a list of methods, got {methods!r}.")
-        cadences = {"every_n_epochs": every_n_epochs, "every_n_validations": every_n_validations}
-        cadences |= {"every_n_steps": every_n_steps, "samples": samples}
-        if any(value is not None and value < 1 for value in cadences.values()):
-            raise ValueError(f"{', '.join(f'{name}=' for name in cadences)} must be at least 1, got {cadences}.")
-        if sum(cadence is not None for cadence in (every_n_validations, every_n_steps)) + (every_n_epochs > 1) > 1:
-            raise ValueError(f"one of every_n_epochs=, every_n_validations= and every_n_steps=, got {cadences}.")
+        if samples < 1:
+            raise ValueError(f"samples= must be at least 1, got {samples}.")
+        self.cadence = Cadence(every_n_epochs, every_n_validations, every_n_steps)
         if isinstance(probes, str) or not probes or not set(probes) <= set(CHOICES):
             raise ValueError(f"probes= takes a list of {', '.join(map(repr, CHOICES))}, got {probes!r}.")
         if alarm is not None and not 0 < alarm <= 1:
@@ -177,11 +175,6 @@ class SaliencySnapshots(Monitor):
         self.methods = dict(as_method(method) for method in methods)
         if len(self.methods) < len(methods) or ENSEMBLE in self.methods:
             raise ValueError(f"methods= must have different names, and none of them 'ensemble', got {methods}.")
-        self.every_n_epochs, self.every_n_validations, self.every_n_steps = (
-            every_n_epochs,
-            every_n_validations,
-            every_n_steps,
-        )
         self.samples, self.seed, self.alarm, self.attack = samples, seed, alarm, attack
         self.layer, self.ensemble, self.cascade = layer, ensemble, cascade
         region_path = None if region_key is None else as_path(region_key)
@@ -205,14 +198,12 @@ class SaliencySnapshots(Monitor):
         self._explainer.forget()
 
     def settings(self) -> Mapping[str, Any]:
-        cadences = {name: getattr(self, name) for name in ("every_n_steps", "every_n_validations")}
-        given = {name: value for name, value in cadences.items() if value is not None}
         return {
             "methods": ", ".join(self.methods),
             "probes": ", ".join(self.sets.choices.values()),
             "samples": self.samples,
             "seed": self.seed,
-            **(given or {"every_n_epochs": self.every_n_epochs}),
+            **self.cadence.settings(),
         }
 
     def section(self) -> Mapping[str, Any]:
@@ -312,7 +303,7 @@ class SaliencySnapshots(Monitor):
         for said in self.sets.settle(trainer, stage, summed):
             self.warn_once(said)
         in_fit = trainer.state.fn == "fit"
-        if self.every_n_steps is not None and in_fit:
+        if self.cadence.steps is not None and in_fit:
             self._held = template
         self.sets.first(stage).evaluations += in_fit
         if self.sets.ready(stage) and self._due(trainer, stage):
@@ -326,10 +317,7 @@ class SaliencySnapshots(Monitor):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         before, self._step = self._step, int(trainer.global_step)
-        if self.every_n_steps is None or self._held is None:
-            return
-        # Not each step is seen: several optimizers take several in a batch, accumulation takes none in most.
-        if self._step // self.every_n_steps == before // self.every_n_steps or self._taken(trainer, "val"):
+        if self._held is None or not self.cadence.between(before, self._step) or self._taken(trainer, "val"):
             return
         if self._within_budget(trainer, pl_module):
             with self._surviving(trainer, "val"):
@@ -361,12 +349,7 @@ class SaliencySnapshots(Monitor):
             return False
         if is_last_evaluation(trainer):
             return True
-        if self.every_n_steps is not None:
-            return False
-        if self.every_n_validations is not None:
-            due = self.sets.first(stage).evaluations % self.every_n_validations == 0
-        else:
-            due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        due = self.cadence.in_validation(trainer.current_epoch + 1, self.sets.first(stage).evaluations)
         return due and self._within_budget(trainer, trainer.lightning_module)
 
     def _within_budget(self, trainer: Any, pl_module: Any) -> bool:
@@ -436,7 +419,7 @@ class SaliencySnapshots(Monitor):
         step = int(trainer.global_step)
         if trainer.state.fn == "fit":
             epoch = trainer.current_epoch + 1
-            often = self.every_n_steps is not None or trainer.val_check_batch < trainer.num_training_batches
+            often = self.cadence.steps is not None or trainer.val_check_batch < trainer.num_training_batches
             return f"step {step}" if often else f"epoch {epoch}", {"epoch": epoch, "step": step}
         step = step or self._loaded_step
         return f"step {step}" if step else trainer.state.fn.value, {"step": step}

@@ -77,6 +77,7 @@ def _snapshot(subject: Subject) -> list[Row]:
     x, y = subject.x[:64], subject.y[:64]
     probes = ProbeSet(torch.arange(PROBES), y[:PROBES], x[:PROBES])
     said: list[str] = []
+    probe = Probe()  # what it finds is found once a run
     explainer = Explainer(
         {name: METHODS[name] for name in OF_A_SNAPSHOT}, None, PixelSpace(), 0, lambda text, _: said.append(text)
     )
@@ -87,7 +88,7 @@ def _snapshot(subject: Subject) -> list[Row]:
         optimizer.step()
 
     def snapshot(photographer: Photographer, watched: WatchedProbes, draw: bool) -> None:
-        with Probe().reading(Step.of(module, "validation_step", [x, y], 0)) as reading:
+        with probe.reading(Step.of(module, "validation_step", [x, y], 0)) as reading:
             photographer.take(reading, watched, probes.x, "now", draw=draw)
 
     contenders: dict[str, Any] = {"a training step, batch 64": training_step}
