@@ -15,10 +15,8 @@ __all__ = ["Weight", "WeightGiven", "epochs_done", "piecewise", "warm"]
 WeightGiven = float | Literal["auto"] | dict[int, float]
 """A number, ``"auto"``, or numbers by epoch."""
 
-_EVEN, _HUGE = (
-    0.9,
-    1000.0,
-)  # a loss that is hardly below that of even predictions, and a weight that then is an accident
+_EVEN = 0.9  # a loss that is hardly below that of even predictions
+_HUGE = 1000.0  # a weight that then is an accident
 
 
 def epochs_done(trainer: Any, batch_idx: int) -> float:
@@ -69,6 +67,7 @@ class Weight:
         owner: Who has it, for error messages.
         gradual: Measure ``"auto"`` over an epoch instead (:meth:`gather`, :meth:`settle`), for penalties that are next
             to 0 before training: of one step of those weights of thousands would follow.
+        share: How large the weighted penalty is to be beside the loss, for ``"auto"``.
 
     Attributes:
         given: As it was given.
@@ -86,9 +85,11 @@ class Weight:
         section 3: so that "right answers" and "right reasons" have similar orders of magnitude.
     """
 
-    def __init__(self, given: float | str | Mapping[int, float], owner: str, *, gradual: bool = False) -> None:
+    def __init__(
+        self, given: float | str | Mapping[int, float], owner: str, *, gradual: bool = False, share: float = 1.0
+    ) -> None:
         self.given: float | str | dict[float, float]
-        self.owner, self.gradual = owner, gradual
+        self.owner, self.gradual, self.share = owner, gradual, share
         self.measured: float | None = None
         self._sums: Tensor | None = None  # of loss, penalty and steps
         if isinstance(given, Mapping):
@@ -158,9 +159,9 @@ class Weight:
     def settle(self, trainer: Any) -> str | None:
         """Set the weight from the means of what was gathered, the same one on all processes, and say what was found.
 
-        It stays open where it would be in the thousands and predictions are still next to even: then the penalty has
-        yet to find its scale. To be called by all processes. What was gathered is forgotten; None where that was
-        nothing.
+        It stays open where predictions are still next to even, and the weight would be in the thousands (or is to be a
+        part of the loss only): then the penalty has yet to find its scale. To be called by all processes. What was
+        gathered is forgotten; None where that was nothing.
 
         Args:
             trainer: Brings the processes together.
@@ -173,10 +174,11 @@ class Weight:
         *sums, steps = trainer.strategy.reduce(self._sums, reduce_op="mean").tolist()
         self.start()
         loss, term, even = (total / steps if steps else 0.0 for total in sums)
-        if loss > _EVEN * even and 0 <= term * _HUGE < loss:
+        if loss > _EVEN * even and (self.share < 1 or 0 <= term * _HUGE < loss):
             return (
                 f"weight 'auto' stays 0 for now: the penalty is {term:.4g}, and predictions are next to even (loss "
-                f"{loss:.4g}, of even ones {even:.4g}); it is measured over the first epoch in which the model learns"
+                f"{loss:.4g}, of even ones {even:.4g}); it is measured over the first epoch in which the model learns; "
+                "where a task is so hard that it never does, give a number"
             )
         return self._set(loss, term, "epoch")
 
@@ -193,5 +195,6 @@ class Weight:
                 f"weight 'auto' stays 0 for now: the penalty is {term_is:g}, the loss {loss_is:g}; it is measured in "
                 f"the first {when} in which both are above 0"
             )
-        self.measured = loss_is / term_is
-        return f"weight 'auto' is {self.measured:.4g} (loss {loss_is:.4g} / penalty {term_is:.4g})"
+        self.measured = self.share * loss_is / term_is
+        part = "" if self.share == 1 else f"{self.share:g} x "
+        return f"weight 'auto' is {self.measured:.4g} ({part}loss {loss_is:.4g} / penalty {term_is:.4g})"

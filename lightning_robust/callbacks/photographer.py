@@ -172,6 +172,7 @@ class Photographer:
 
     def _places(self, maps: Tensor, region: Tensor | None) -> dict[str, float]:
         values = means(concentration(maps))
+        values["empty"] = float((maps.flatten(1).amax(1) == maps.flatten(1).amin(1)).float().mean())
         if maps.ndim == 3:
             for name in ("border", "corners"):
                 values[f"mass_on_{name}"] = float(mass(maps, region_named(name, maps.shape)).mean())

@@ -76,9 +76,10 @@ class SaliencyRegularization(RobustCallback):
             straight lines, in each step a little. ``"auto"``: measured in the first step, so that the weighted penalty
             is as large there as the loss call that is read (not what the step returns); the same on all processes, and
             kept in checkpoints. Where the penalty is 0 in that step, it is measured in the first one in which it is
-            not. RightReasons, which is next to 0 before training, is measured over the first epoch: its weight is 0
-            until then, and mean loss over mean penalty afterwards. Not for SaliencyGuided and SaliencyConsistency. A
-            weight of exactly 0 costs nothing: the penalty is not computed.
+            not. RightReasons, InputGradientPenalty and JacobianPenalty, which are next to 0 before training, are
+            measured over the first epoch in which the model learns: their weight is 0 until then, and mean loss over
+            mean penalty afterwards; a tenth of it for the two that know no mask, as they are never to win. Not for
+            SaliencyGuided and SaliencyConsistency. A weight of exactly 0 costs nothing: the penalty is not computed.
         at: ``"fed"``: at the batch that the step gets. ``"clean"``: at the batch as it was (one more forward where an
             attack feeds the step).
         warmup_epochs: The weight, whatever it is, grows linearly from 0 over so many epochs, in each step a little.
@@ -134,7 +135,12 @@ class SaliencyRegularization(RobustCallback):
             )
         if not callable(penalty) or isinstance(penalty, type):
             raise TypeError(f"penalty= must be a callable (logits_fn, x, y) -> scalar, got {penalty!r}.")
-        self.weight = Weight(weight, type(self).__name__, gradual=bool(getattr(penalty, "starts_flat", False)))
+        self.weight = Weight(
+            weight,
+            type(self).__name__,
+            gradual=bool(getattr(penalty, "starts_flat", False)),
+            share=float(getattr(penalty, "auto_share", 1.0)),
+        )
         if weight == "auto" and getattr(penalty, "starts_at_zero", False):
             raise ValueError(
                 f"weight='auto' is measured in the first step, where {type(penalty).__name__} is next to 0: weights of "

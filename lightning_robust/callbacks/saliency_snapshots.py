@@ -35,7 +35,7 @@ from lightning_robust.saliency.methods import as_method
 __all__ = ["SaliencySnapshots"]
 
 HEADLINES = (
-    "(iou10|cosine)_to_.*|iou10_skill_.*|iou10_null|iou10_floor|gini|mass_on_border|mass_in_region|alarm|flips|agreement"
+    "(iou10|cosine)_to_.*|iou10_skill_.*|iou10_null|iou10_floor|gini|empty|mass_.*|alarm|flips|agreement"
     "|skipped|deletion|insertion|sensitivity|attack_.*"
 )
 """Metrics that ``ModelCheckpoint`` and ``EarlyStopping`` may watch."""
@@ -58,7 +58,8 @@ class SaliencySnapshots(Monitor):
     - ``iou10_null`` and ``iou10_floor``: the same between the anchor and maps by permuted weights, and of inputs with a
       little noise; ``iou10_skill_to_anchor`` and ``_to_previous``: 0 at the null, 1 at the floor. Likewise the others.
     - ``gini``, ``entropy``, ``mass_on_border``, ``mass_on_corners``, ``mass_in_region``: where and how narrowly maps
-      look.
+      look; ``empty``: the share of maps that are the same everywhere (class activation maps of sure samples often are,
+      and two empty maps count as equal).
     - ``alarm``: 1 where maps that had settled have moved.
     - ``deletion``, ``insertion`` and so on with ``quality=True``; ``attack_...`` for the attacked set.
 

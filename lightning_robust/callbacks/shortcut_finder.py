@@ -259,6 +259,7 @@ class ShortcutFinder(Monitor):
 
     def _explained(self, reading: Reading, kept: Kept) -> Tensor | None:
         x = kept.x.to(reading.x.device, reading.x.dtype)
+        self._explainer.check_pixels(x)
         maps = self._explainer.maps(self.method, reading, x, kept.prediction.to(x.device))
         if maps is None:
             return None

@@ -51,6 +51,8 @@ class InputGradientPenalty:
     """
 
     name: ClassVar[str] = "input_gradient"
+    starts_flat: ClassVar[bool] = True  # before training nothing that the input does changes the loss much
+    auto_share: ClassVar[float] = 0.1  # of the loss: what answers depend on, they have to depend on
 
     method: Method = "finite_differences"
     step: float = 0.13

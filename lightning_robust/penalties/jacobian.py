@@ -57,6 +57,8 @@ class JacobianPenalty:
     """
 
     name: ClassVar[str] = "jacobian"
+    starts_flat: ClassVar[bool] = True  # before training nothing that the input does changes the outputs much
+    auto_share: ClassVar[float] = 0.1  # of the loss: what answers depend on, they have to depend on
 
     projections: int = 1
     method: Method = "finite_differences"

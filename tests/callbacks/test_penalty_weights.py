@@ -101,6 +101,12 @@ class Said:
         monkeypatch.setattr(SaliencyRegularization, "say", lambda _, __, message: self.lines.append(message))
 
 
+class Steep(InputGradientPenalty):
+    """Measured in the first step, as penalties are that do not start flat."""
+
+    starts_flat, auto_share = False, 1.0
+
+
 def first_loss_and_term(penalty: Any) -> tuple[float, float]:
     module = zoo.built(NoDropout)
     x, y = zoo.ListBatch.batch(16)
@@ -109,7 +115,7 @@ def first_loss_and_term(penalty: Any) -> tuple[float, float]:
     return float(F.cross_entropy(zoo.built(NoDropout).net(x), y).detach()), float(term.detach())
 
 
-@pytest.mark.parametrize("penalty", [InputGradientPenalty("double_backward"), JacobianPenalty(), AttributionPrior()])
+@pytest.mark.parametrize("penalty", [Steep("double_backward"), AttributionPrior()])
 def test_an_automatic_weight_makes_the_penalty_as_large_as_the_loss_in_the_first_step(
     penalty: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +130,7 @@ def test_an_automatic_weight_makes_the_penalty_as_large_as_the_loss_in_the_first
 
 
 def test_an_automatic_weight_stays_what_it_was_in_the_first_step() -> None:
-    automatic = SaliencyRegularization(InputGradientPenalty(), "auto")
+    automatic = SaliencyRegularization(Steep(), "auto")
     loss, term = first_loss_and_term(InputGradientPenalty())
     by_number = SaliencyRegularization(InputGradientPenalty(), loss / term)
     settings = {"loader": data(), "max_epochs": 2}
@@ -136,14 +142,14 @@ def test_an_automatic_weight_stays_what_it_was_in_the_first_step() -> None:
 @pytest.mark.parametrize("beside", [False, True])
 def test_an_automatic_weight_at_the_clean_batch_is_measured_against_its_loss(beside: bool) -> None:
     loss, term = first_loss_and_term(InputGradientPenalty())
-    callback = SaliencyRegularization(InputGradientPenalty(), "auto", at="clean")
+    callback = SaliencyRegularization(Steep(), "auto", at="clean")
     fitted(NoDropout, callback, *([AdversarialTraining(PGD(THREAT, steps=2))] if beside else []), max_steps=1)
     assert callback.weight.measured == pytest.approx(loss / term, rel=1e-4)
 
 
 def test_a_resumed_run_keeps_an_automatic_weight(tmp_path: Path) -> None:
     def run(epochs: int, path: Any = None) -> tuple[Tensor, Any]:
-        callback = SaliencyRegularization(InputGradientPenalty(), "auto")
+        callback = SaliencyRegularization(Steep(), "auto")
         module, trainer = zoo.built(NoDropout), zoo.trainer(max_epochs=epochs, callbacks=[callback])
         trainer.fit(module, data(), ckpt_path=path)
         trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
@@ -159,11 +165,11 @@ def test_a_resumed_run_keeps_an_automatic_weight(tmp_path: Path) -> None:
 
 
 def test_a_second_run_measures_anew() -> None:
-    callback = SaliencyRegularization(InputGradientPenalty(), "auto")
+    callback = SaliencyRegularization(Steep(), "auto")
     fitted(zoo.DictBatchWithExtras, callback)
     first = callback.weight.measured
     again = fitted(NoDropout, callback)
-    fresh = SaliencyRegularization(InputGradientPenalty(), "auto")
+    fresh = SaliencyRegularization(Steep(), "auto")
     assert torch.equal(flat(again), flat(fitted(NoDropout, fresh)))
     assert callback.weight.measured == fresh.weight.measured != first
 
@@ -311,6 +317,31 @@ def test_a_head_that_starts_at_0_waits_until_the_model_learns(monkeypatch: pytes
 def test_a_run_of_one_epoch_is_told_that_nothing_is_measured_in_time() -> None:
     with pytest.warns(UserWarning, match="with max_epochs=1 the penalty trains nothing"):
         fitted(Triple, callback_of())
+
+
+@pytest.mark.parametrize("penalty", [InputGradientPenalty(), JacobianPenalty()], ids=lambda p: p.name)
+def test_a_net_without_normalisation_learns_under_an_automatic_weight(penalty: Any) -> None:
+    """Its gradients are next to nothing before training: the first step would give a weight that ends it."""
+
+    class Plain(zoo.ListBatch):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+            self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 4))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=3e-3)
+
+    x, y = torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(256) % 4
+    for kind in range(4):
+        x[y == kind, :, 4 * (kind // 2) : 4 * (kind // 2) + 4, 4 * (kind % 2) : 4 * (kind % 2) + 4] += 0.5
+    module = zoo.built(Plain)
+    trainer = zoo.trainer(callbacks=[callback := callback_of(penalty)], max_epochs=12)
+    trainer.fit(module, DataLoader(TensorDataset(x, y), 32))
+    with torch.no_grad():
+        accuracy = (module.eval()(x).argmax(1) == y).float().mean()
+    assert (callback.weight.measured or 0) > 0
+    assert accuracy > 0.9
 
 
 def test_right_reasons_with_an_automatic_weight_learn_the_decoys_as_well_as_with_a_good_number() -> None:

@@ -280,6 +280,7 @@ class Rows(pl.Callback):
         return [row["step"] for row in self.snapshots.sets.first("val").history]
 
 
+@zoo.recent
 def test_every_so_many_validations_is_counted_over_epochs_and_resumes(tmp_path: Path) -> None:
     def run(epochs: int, path: Any = None) -> SaliencySnapshots:
         callback = SaliencySnapshots(["gradient"], samples=3, every_n_validations=3)

@@ -705,6 +705,6 @@ def test_two_processes_explain_the_samples_and_log_the_numbers_of_one(tmp_path: 
     script, result = Path(__file__).parent / "two_processes_saliency.py", tmp_path / "result.json"
     subprocess.run([sys.executable, script, "snapshots", result], check=True, timeout=240, capture_output=True)
     found = json.loads(result.read_text())
-    assert len(found["1"]) == 1 + 2 * 11 + 6  # flips, two methods, the numbers of the probes
+    assert len(found["1"]) == 1 + 2 * 13 + 6  # flips, two methods, the numbers of the probes
     assert found["2"] == pytest.approx(found["1"], abs=1e-6)
     assert found["1"]["saliency/val_gradient/iou10_to_anchor"] < 0.9
