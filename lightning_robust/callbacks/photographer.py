@@ -60,7 +60,6 @@ class Photographer:
         combined: Whether there are maps of all methods together.
         quality: Whether deletion, insertion and sensitivity are measured.
         sanity: Whether null and noise floor are measured at the anchor.
-        alarm: Share of its usual skill below which maps have moved; None for no alarm.
         seed: Of noise and permutations.
         warn: Says a sentence once.
     """
@@ -70,7 +69,6 @@ class Photographer:
     combined: bool
     quality: bool
     sanity: bool
-    alarm: float | None
     seed: int
     warn: Callable[[str], None]
 

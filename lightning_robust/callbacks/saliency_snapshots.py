@@ -36,7 +36,7 @@ __all__ = ["SaliencySnapshots"]
 
 HEADLINES = (
     "(iou10|cosine)_to_.*|iou10_skill_.*|iou10_null|iou10_floor|gini|empty|mass_.*|alarm|flips|agreement"
-    "|skipped|deletion|insertion|sensitivity|attack_.*"
+    "|skipped|deletion.*|insertion.*|sensitivity|attack_.*"
 )
 """Metrics that ``ModelCheckpoint`` and ``EarlyStopping`` may watch."""
 
@@ -184,9 +184,7 @@ class SaliencySnapshots(Monitor):
         )
         self._budget = TimeBudget(budget)
         self._explainer = Explainer(self.methods, layer, pixels, seed, self.warn_once, strict)
-        self._photographer = Photographer(
-            self._explainer, classes, ensemble, quality, sanity, alarm, seed, self.warn_once
-        )
+        self._photographer = Photographer(self._explainer, classes, ensemble, quality, sanity, seed, self.warn_once)
         self._forget()
 
     def _forget(self) -> None:

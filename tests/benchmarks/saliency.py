@@ -97,7 +97,7 @@ def _snapshot(subject: Subject) -> list[Row]:
         ("a snapshot, with pictures", True, False),
         ("the anchor, with null and floor, without pictures", False, True),
     ):
-        photographer = Photographer(explainer, None, False, False, True, 0.25, 0, said.append)
+        photographer = Photographer(explainer, None, False, False, True, 0, said.append)
         watched = WatchedProbes("")
         watched.settle(probes)
         snapshot(photographer, watched, draw)  # the anchor
