@@ -9,7 +9,7 @@ PIN := $(VENV)/constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PIN)
 # Peers that tests compare with; their pins conflict with everybody's, so they come without dependencies.
 PEERS := torchattacks foolbox eagerpy GitPython gitdb smmap requests urllib3 idna certifi charset-normalizer scipy scikit-image lazy_loader
-BENCH_PEERS := adversarial-robustness-toolbox six
+BENCH_PEERS := adversarial-robustness-toolbox six netcal pyro-ppl pyro-api opt_einsum pytorch-ood
 
 .PHONY: setup demo tests test test-lowest test-slow bench lint clean
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_robust.callbacks import (
         AdversarialTraining,
         CalibrationMonitor,
+        CorruptionMonitor,
         OODMonitor,
         RandomFill,
         RobustAccuracy,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         SaliencySnapshots,
         ShortcutFinder,
         TemperatureScaling,
+        refit_temperature,
     )
     from lightning_robust.mixins import CalibratedMixin, RobustTrainingMixin
     from lightning_robust.modes import frozen
@@ -57,6 +59,7 @@ __all__ = [
     "AutoAttack",
     "CalibratedMixin",
     "CalibrationMonitor",
+    "CorruptionMonitor",
     "InputGradientPenalty",
     "JacobianPenalty",
     "OODMonitor",
@@ -80,6 +83,7 @@ __all__ = [
     "frozen",
     "load_temperature",
     "read_entry",
+    "refit_temperature",
 ]
 
 _HOME = {
@@ -114,6 +118,8 @@ _HOME = {
     "SaliencyGuided": "penalties",
     "RandomFill": "callbacks",
     "ShortcutFinder": "callbacks",
+    "CorruptionMonitor": "callbacks",
+    "refit_temperature": "callbacks",
 }
 
 

@@ -68,7 +68,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     from lightning_robust import run
     from lightning_robust.recipe import RecipeError, compose
 
-    name = Path(arguments.recipe).stem
+    name = run.run_name(arguments.recipe)
     resume: Path | None = None
     if arguments.resume is not None:
         resume = Path(arguments.resume) if arguments.resume else run.latest(arguments.output, name)
@@ -103,7 +103,7 @@ def _beside(arguments: argparse.Namespace) -> Results | None:
         o for o in arguments.overrides if o.startswith("vars.") and o.split("=")[0].removeprefix("vars.") in known
     ]
     wanted = compose(arguments.beside, shared).resolved
-    done = run.latest(arguments.output, Path(arguments.beside).stem, finished=True)
+    done = run.latest(arguments.output, run.run_name(arguments.beside), finished=True)
     if done is not None:
         results = run.Results.read(done)
         if results.resolved == wanted:

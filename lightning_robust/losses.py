@@ -83,8 +83,9 @@ class LossCall:
         if not target.is_floating_point() and target.shape == logits.shape[:1] + logits.shape[2:]:
             return cls("cross_entropy", logits, target)
         raise ValueError(
-            f"logits_fn returned {tuple(logits.shape)} for targets {tuple(target.shape)} of type {target.dtype}; "
-            "expected (N, K, ...) with integer classes (N, ...), or (N,), (N, 1) or (N, K) with 0/1 targets."
+            "expected logits (N, K, ...) with integer classes (N, ...), (N,) or (N, 1) with 0/1 targets, or (N, K) "
+            f"with 0.0/1.0 targets; got logits {tuple(logits.shape)} for targets {tuple(target.shape)} of type "
+            f"{target.dtype}. Several labels a sample are floating-point numbers; a class is one integer a sample."
         )
 
     def conformed(self, leaf: Tensor) -> Tensor | None:
@@ -154,8 +155,10 @@ class LossCall:
         sample = torch.arange(len(log_p), device=log_p.device).view(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)
         rows = log_p.reshape(-1, log_p.shape[-1]), labels.flatten(), sample.flatten()
         counted = self._counted().flatten()
-        self.check_classes(rows[1][counted])
-        return rows if bool(counted.all()) else (rows[0][counted], rows[1][counted], rows[2][counted])
+        if not bool(counted.all()):
+            rows = rows[0][counted], rows[1][counted], rows[2][counted]
+        self.check_classes(rows[1])
+        return rows
 
     def check_classes(self, labels: Tensor) -> None:
         """Whether there is a logit for every label.
@@ -206,6 +209,19 @@ class LossCall:
         elif self.kind == "binary_cross_entropy":
             z = (self.logits.float().logit(eps=1e-7) / temperature).sigmoid().to(self.logits.dtype)
         return replace(self, logits=z)
+
+    def recalibrated(self, recalibrate: Callable[[Tensor], Tensor]) -> LossCall:
+        """The same call with other probabilities; the kind stays what it is.
+
+        Args:
+            recalibrate: Log-probabilities ``(R, K)`` to recalibrated ones, ``(R, K)``; two columns for a yes/no output.
+        """
+        log_p = self.log_probabilities().movedim(1, -1)
+        z = recalibrate(log_p.reshape(-1, log_p.shape[-1])).reshape(log_p.shape).movedim(-1, 1)
+        if self.binary:
+            z = z[:, 1] - z[:, 0]
+            z = z.sigmoid() if self.kind == "binary_cross_entropy" else z
+        return replace(self, logits=z.to(self.logits.dtype))
 
     def squashed(self) -> str | None:
         """Why what the loss gets looks squashed twice, or squashed otherwise than this loss expects; else None.

@@ -133,8 +133,12 @@ class PixelSpace:
         far = (pixels < self.bounds[0] - slack) | (pixels > self.bounds[1] + slack)
         return far.reshape(len(x), -1).any(1)
 
-    def check(self, x: Tensor) -> None:
+    def check(self, x: Tensor, *, attacked: bool = True) -> None:
         """Raise if model inputs ``x`` cannot have come from this pixel space.
+
+        Args:
+            x: Model inputs.
+            attacked: Whether there is a radius to be given in the same units, and a box that may be left out.
 
         Raises:
             ValueError: With both ranges and the likely cause, if a value is outside the bounds or not finite.
@@ -146,21 +150,26 @@ class PixelSpace:
         pixels = self.to_pixels(x)
         low, high = self.bounds
         lowest, highest = float(pixels.min()), float(pixels.max())
+        cause = self._likely_cause(lowest, highest, attacked)
         raise ValueError(
             f"expected pixels within [{low:g}, {high:g}], got [{lowest:.4g}, {highest:.4g}]"
-            f"{' after undoing mean and std' if self.normalises else ''}. {self._likely_cause(lowest, highest)}"
+            f"{' after undoing mean and std' if self.normalises else ''}. {cause}"
         )
 
-    def _likely_cause(self, lowest: float, highest: float) -> str:
+    def _likely_cause(self, lowest: float, highest: float, attacked: bool) -> str:
         low, high = self.bounds or (0.0, 1.0)
         if lowest >= low and highest <= 255 and high <= 1:
-            return "These look like 0..255 images: use PixelSpace(bounds=(0, 255)) and give eps in the same units."
+            eps = " and give eps in the same units" if attacked else ""
+            return f"These look like 0..255 images: use PixelSpace(bounds=(0, 255)){eps}."
         if lowest < low and not self.normalises:
+            eps = ", so that eps stays in pixels. For data without bounds use PixelSpace(bounds=None)"
             return (
                 "These look normalised: say so with PixelSpace(bounds=..., mean=..., std=...), the numbers that the "
-                "data pipeline uses, so that eps stays in pixels. For data without bounds use PixelSpace(bounds=None)."
+                f"data pipeline uses{eps if attacked else ''}."
             )
-        return "Check bounds, mean and std against the data pipeline; PixelSpace(bounds=None) switches the box off."
+        off = "PixelSpace(bounds=None) switches the box off"
+        moved = "PixelSpace(outside='widen') has values outside moved to the bounds"
+        return f"Check bounds, mean and std against the data pipeline; {off if attacked else moved}."
 
     @staticmethod
     def _like(value: float | tuple[float, ...], x: Tensor) -> Tensor | float:

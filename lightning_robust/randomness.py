@@ -22,7 +22,8 @@ Noise = torch.Generator | Sequence[torch.Generator] | None
 def seeded(*keys: int) -> torch.Generator:
     """A CPU generator that is a function of ``keys`` alone, e.g. ``(seed, rank, step)``.
 
-    Neighbouring keys give unrelated streams, and results are the same on every device.
+    Neighbouring keys give unrelated streams, and results are the same on every device. Keys of numpy or torch are the
+    whole numbers that they stand for.
 
     Example:
         >>> torch.equal(torch.rand(3, generator=seeded(0, 1)), torch.rand(3, generator=seeded(0, 1)))
@@ -30,7 +31,7 @@ def seeded(*keys: int) -> torch.Generator:
         >>> torch.equal(torch.rand(3, generator=seeded(0, 1)), torch.rand(3, generator=seeded(1, 0)))
         False
     """
-    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr(tuple(int(key) for key in keys)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
@@ -47,7 +48,7 @@ def priorities(keys: Tensor, seed: int) -> Tensor:
     References:
         The mixing function is SplitMix64 (Steele, Lea and Flood, 2014, https://doi.org/10.1145/2660193.2660195).
     """
-    digest = hashlib.blake2b(repr(seed).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr(int(seed)).encode(), digest_size=8).digest()
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
         z = keys.cpu().numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         z = z + np.frombuffer(digest, dtype=np.uint64)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from lightning_robust.ood import SCORES
+
 __all__ = ["cells", "table"]
 
 SCALED = " after temperature"
+KINDS = ("near", "far")  # of foreign sets, not sets themselves
 
 
 def table(columns: Mapping[str, Mapping[str, float]] | Sequence[tuple[str, Mapping[str, float]]]) -> str:
@@ -41,13 +44,14 @@ def cells(metrics: Mapping[str, float]) -> dict[str, str]:
         >>> cells({f"calibration/test/{name}": value for name, value in ece.items()})
         {'ECE [95 % interval], floor': '0.031 [0.012, 0.050], 0.018'}
     """
-    return dict(pair for rows in (_accuracy, _calibration, _separation, _saliency) for pair in rows(metrics))
+    return dict(pair for rows in (_accuracy, _shift, _calibration, _separation, _saliency) for pair in rows(metrics))
 
 
 def _accuracy(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     robust = [row for row in _of_area("robust", metrics) if "/" not in row[2]]  # loaders after the first
-    if "test/accuracy" in metrics and not any(metric == "clean_accuracy" for _, _, metric, _ in robust):
-        yield "accuracy", _percent(metrics["test/accuracy"])
+    known = [key for key in ("test/accuracy", "calibration/test/accuracy") if key in metrics]
+    if known and not any(metric == "clean_accuracy" for _, _, metric, _ in robust):
+        yield "accuracy", _percent(metrics[known[0]])
     for area, suffix, metric, value in robust:
         if metric == "accuracy":
             attacks = [1 for of, _, other, _ in robust if of == area and other.startswith("accuracy_")]
@@ -59,6 +63,16 @@ def _accuracy(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
             yield f"clean accuracy{suffix}", _percent(value)
 
 
+def _shift(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    labels = {"mean_accuracy": "accuracy under corruption, mean", "retention": "accuracy kept under corruption"}
+    for _, suffix, metric, value in _of_area("shift", metrics):
+        name, _, last = metric.rpartition("/")
+        if metric in labels:
+            yield f"{labels[metric]}{suffix}", _percent(value)
+        elif name and last == "accuracy":
+            yield f"accuracy on {name.replace('_', ' ')}{suffix}", _percent(value)
+
+
 def _calibration(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     by_area: dict[tuple[str, str], dict[str, float]] = {}
     for area, suffix, metric, value in _of_area("calibration", metrics):
@@ -67,6 +81,10 @@ def _calibration(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         for scaled in ("", "_scaled"):
             if f"nll{scaled}" in found:
                 yield f"NLL{SCALED if scaled else ''}{suffix}", f"{found[f'nll{scaled}']:.3f}"
+        for metric, value in found.items():
+            method = metric.removeprefix("nll_")
+            if f"ece_{method}" in found and method not in ("scaled", metric):
+                yield f"NLL after {method}{suffix}", f"{value:.3f}"
         for scaled in ("", "_scaled"):
             if f"ece{scaled}" in found:
                 ece, low, high, floor = (found[f"ece{scaled}{part}"] for part in ("", "_low", "_high", "_floor"))
@@ -74,17 +92,39 @@ def _calibration(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
                 yield label, f"{ece:.3f} [{low:.3f}, {high:.3f}], {floor:.3f}"
         if "temperature" in found:
             yield f"temperature (fitted on validation data){suffix}", f"{found['temperature']:.3f}"
+        for metric, value in found.items():
+            kind = metric.removeprefix("coverage_")
+            if f"set_size_{kind}" in found and kind != metric:
+                size = found[f"set_size_{kind}"]
+                yield f"prediction sets ({kind}): coverage, mean size{suffix}", f"{_percent(value)}, {size:.2f}"
 
 
 def _separation(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    rows = [
+        (area, suffix, found[1], found[2], value)
+        for area, suffix, metric, value in _of_area("ood", metrics)
+        if (found := re.fullmatch(r"([^/]+)/([^/]+)(?<!_worst_group)_auroc", metric))
+    ]
+    of_sets = {(area, score, value) for area, _, name, score, value in rows if name not in KINDS}
     seen: set[tuple[str, str]] = set()
-    for area, suffix, metric, value in _of_area("ood", metrics):
-        name, _, score = metric.rpartition("/")
-        # One score a set: the first that the callback was given.
-        if name and score.endswith("_auroc") and (area, name) not in seen:
+    for area, suffix, name, score, value in rows:
+        if name in KINDS and (area, score, value) in of_sets:  # the mean over one set is that set's
+            continue
+        # One score a set, the first that the callback was given, and every detector.
+        detector = score not in SCORES
+        if not detector and (area, name) in seen:
+            continue
+        if not detector:
             seen.add((area, name))
-            label = score.removesuffix("_auroc").replace("_", " ")
-            yield f"AUROC, {name.replace('_', ' ')} against test data ({label}){suffix}", f"{value:.3f}"
+        yield f"AUROC, {_foreign(name, detector)} ({score.replace('_', ' ')}){suffix}", f"{value:.3f}"
+
+
+def _foreign(name: str, detector: bool) -> str:
+    if name in KINDS:
+        return f"{name}, mean of sets"
+    if name == "attacked":
+        return "test data under attack"
+    return name.replace("_", " ") + ("" if detector else " against test data")
 
 
 def _saliency(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:

@@ -19,9 +19,9 @@ from lightning_robust import _version, report
 from lightning_robust.attach.base import sections, show_text
 from lightning_robust.attach.checkpoint import rewrite
 from lightning_robust.attach.step import defines
-from lightning_robust.recipe import Recipe, RecipeError, compose, instantiate
+from lightning_robust.recipe import Recipe, RecipeError, available, compose, instantiate
 
-__all__ = ["Results", "evaluate", "fit", "latest", "table", "write_table"]
+__all__ = ["Results", "evaluate", "fit", "latest", "run_name", "table", "write_table"]
 
 RAW, RESOLVED, RESULTS = "recipe.yaml", "recipe.resolved.yaml", "results.json"
 
@@ -91,7 +91,7 @@ def fit(
     """
     start = time.monotonic()
     recipe = compose(name if resume is None else Path(resume) / RAW, overrides)
-    stem = Path(str(name)).stem
+    stem = run_name(name)
     folder = Path(resume) if resume is not None else _next_version(Path(output) / stem)
     checkpoint = _last_checkpoint(folder) if resume is not None else None
     trainer, module, data = instantiate(recipe, folder)
@@ -150,7 +150,8 @@ def evaluate(run: str | Path, overrides: Sequence[str] = (), *, checkpoint: str 
         checkpoint = (known and known.checkpoint) or str(_best_checkpoint(folder))
     drift = {key: value for key, value in (known.metrics if known else {}).items() if _area(key) == "saliency"}
     trainer, module, data = instantiate(recipe, folder, log=False)  # the curves of the run stay as they are
-    return _report(trainer, module, data, recipe, folder.parent.name, folder, checkpoint, start, drift, write=False)
+    label = folder.parent.name if known is None else known.recipe
+    return _report(trainer, module, data, recipe, label, folder, checkpoint, start, drift, write=False)
 
 
 def _report(
@@ -191,6 +192,17 @@ def write_table(columns: Sequence[Results], folder: str | Path) -> None:
     (Path(folder) / "results.md").write_text(table(columns) + "\n")
     cells = [{"recipe": result.recipe, **report.cells(result.metrics)} for result in columns]
     (Path(folder) / "table.json").write_text(json.dumps(cells, indent=2) + "\n")
+
+
+def run_name(recipe: str | Path) -> str:
+    """What the runs of a recipe are called: as it is shipped (``adversarial/madry``), or the file's own name.
+
+    Example:
+        >>> run_name("adversarial/madry"), run_name("my/recipes/mine.yaml")
+        ('adversarial/madry', 'mine')
+    """
+    name = Path(str(recipe)).as_posix()
+    return name if name in available() else Path(name).stem
 
 
 def latest(output: str | Path, name: str, *, finished: bool = False) -> Path | None:

@@ -110,3 +110,24 @@ def test_blocks_and_commands_are_found(tmp_path: Path) -> None:
     )
     assert [(b.language, b.info, b.line) for b in blocks(page)] == [("python", "no-run", 2), ("console", "", 6)]
     assert [arguments(c) for c in commands(page)] == [["fit", "quickstart", "vars.eps=8/255"], ["recipes", "a"]]
+
+
+def anchors(page: Path) -> set[str]:
+    """Of all headings, as GitHub makes them."""
+    text = FENCE.sub("", page.read_text())
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """File (empty for the page itself) and anchor of every link and picture that is not on the web."""
+    found = re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", FENCE.sub("", page.read_text()))
+    return [(path, anchor) for path, anchor in found if not path.startswith("http")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_and_every_picture_leads_somewhere(page: Path) -> None:
+    for path, anchor in links(page):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"

@@ -22,6 +22,7 @@ from lightning_robust import (
     PGD,
     AdversarialTraining,
     CalibrationMonitor,
+    CorruptionMonitor,
     InputGradientPenalty,
     OODMonitor,
     PixelSpace,
@@ -431,7 +432,95 @@ MONITORS: dict[str, Row] = {
     ),
 }
 
-TABLE = {**CONSTRUCTORS, **INPUTS, **STEPS, **ATTACKS, **PENALTIES, **MONITORS}
+
+def shifted(**settings: Any) -> Callable[[], list[Any]]:
+    return lambda: [CorruptionMonitor(**settings)]
+
+
+def images(*tensors: torch.Tensor) -> dict[str, Any]:
+    return {"other": torch.utils.data.TensorDataset(*tensors)}
+
+
+SHIFT: dict[str, Row] = {
+    "shifted data without labels": measured(
+        shifted(shift_loaders=images(bad.X)),
+        r"shift_loaders\['other'\].*those of the evaluation loader have .*made alike",
+        RuntimeError,
+    ),
+    "shifted data of other classes": measured(
+        shifted(shift_loaders=images(bad.X, bad.Y + 8)),
+        r"shift_loaders\['other'\]: expected labels from 0 to 9.*got labels from .*same classes",
+    ),
+    "shifted data that are none": measured(
+        shifted(shift_loaders=images(bad.X[:0], bad.Y[:0])), r"'other'\] gave no batch at all; give a data set"
+    ),
+    "normalised pictures, corrupted": measured(
+        shifted(), r"within \[0, 1\], got \[-.*look normalised.*PixelSpace", val=bad.normalised
+    ),
+    "0..255 pictures, corrupted": measured(
+        shifted(), r"within \[0, 1\], got \[0, 255\].*bounds=\(0, 255\)", val=bad.bytes_as_floats
+    ),
+    "NaN pictures, corrupted": measured(shifted(), r"expected finite inputs, got 64 NaN", val=bad.nan_inputs),
+    "pictures without bounds": measured(
+        shifted(pixels=PixelSpace(bounds=None)), r"a pixel space with bounds, got PixelSpace\(bounds=None\).*give the"
+    ),
+    "saturated grey pictures": measured(
+        shifted(corruptions=["saturate"]), r"three channels for 'saturate', got 1; leave it out"
+    ),
+    "a corrupted table": measured(
+        shifted(),
+        r"pictures \(N, C, H, W\).*the input is float32 \(16, 64\): name loaders of shifted data",
+        None,
+        bad.Table,
+        bad.table,
+        bad.table,
+    ),
+    "a loader that shuffles, corrupted": measured(
+        shifted(), r"loader 0 shuffles.*other samples.*use shuffle=False", None, val=bad.shuffled
+    ),
+    "corruptions without validation": measured(shifted(), r"has no validation, .*stages=\['test'\]", None, val=None),
+}
+
+RECALIBRATED: dict[str, Row] = {
+    "groups that are not in the batch": measured(
+        lambda: [CalibrationMonitor(group_key="site")], r"nothing at batch\['site'\]; it has batch\[0\]", KeyError
+    ),
+    "groups that are pictures": measured(
+        lambda: [OODMonitor(group_key=0)],
+        r"a whole number or a string for each of 16 samples, got torch.float32 \(16, 1, 8, 8\) at batch\[0\]",
+    ),
+    "yes/no calibration of ten classes": measured(
+        lambda: [CalibrationMonitor(mode="positive")],
+        r"'positive' is about yes/no outputs, .* tells 10 classes apart; use mode='top_label'",
+    ),
+    "Platt scaling of ten classes": measured(
+        lambda: [TemperatureScaling(methods=["platt"])],
+        r"\['platt'\] is for yes/no outputs and two classes, these predictions have 10; take 'vector'",
+    ),
+    "calibration data without labels": measured(
+        lambda: [TemperatureScaling(dataloader=torch.utils.data.TensorDataset(bad.X))],
+        r"dataloader.*those of the evaluation loader have .*made alike",
+        RuntimeError,
+    ),
+    "detectors on a layer that is not there": measured(
+        lambda: [OODMonitor(detectors=["knn"], feature_layer="net.conv9")],
+        r"knn: feature_layer='net.conv9' is no submodule of .*; it has net, net.0",
+    ),
+    "detectors fitted on data without labels": measured(
+        lambda: [OODMonitor(detectors=["knn"], fit_data=torch.utils.data.TensorDataset(bad.X))],
+        r"knn: fit_data.*those of the evaluation loader have .*made alike",
+    ),
+    "foreign data attacked where nothing can be": measured(
+        lambda: [OODMonitor({"same": torch.utils.data.TensorDataset(torch.ones(4, 5).long())}, attacked=ATTACK)],
+        r"attacked= needs gradients, that set is left out, other sets go on: .*Token ids",
+        None,
+        bad.Tokens,
+        bad.tokens,
+        bad.tokens,
+    ),
+}
+
+TABLE = {**CONSTRUCTORS, **INPUTS, **STEPS, **ATTACKS, **PENALTIES, **MONITORS, **SHIFT, **RECALIBRATED}
 
 
 def run(row: Row) -> int:
@@ -481,5 +570,5 @@ def test_bad_input_says_what_was_expected_what_came_and_what_to_do(row: Row) -> 
 
 def test_the_table_is_long_and_few_rows_are_constructor_checks() -> None:
     assert len(TABLE) >= 60
-    assert len(TABLE) == sum(map(len, (CONSTRUCTORS, INPUTS, STEPS, ATTACKS, PENALTIES, MONITORS)))
+    assert len(TABLE) == sum(map(len, (CONSTRUCTORS, INPUTS, STEPS, ATTACKS, PENALTIES, MONITORS, SHIFT, RECALIBRATED)))
     assert len(CONSTRUCTORS) <= 10

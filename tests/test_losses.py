@@ -194,7 +194,7 @@ def test_the_usual_loss_of_a_head_follows_from_shapes(
     ("given", "target"), [(logits(4, 3), torch.zeros(4)), (logits(4, 3), torch.zeros(4, 2, dtype=torch.long))]
 )
 def test_a_head_without_a_usual_loss_is_an_error_with_both_shapes(given: Tensor, target: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"returned \(4, 3\) for targets \(4.*torch\.(float32|int64)"):
+    with pytest.raises(ValueError, match=r"got logits \(4, 3\) for targets \(4.*torch\.(float32|int64)"):
         LossCall.for_head(given, target)
 
 
@@ -229,3 +229,41 @@ def test_a_temperature_means_the_same_for_every_kind(kind: Any) -> None:
     observed = scaled.log_probabilities().exp()
     assert torch.allclose(observed[:, 1] if kind.startswith("binary") else observed, expected, atol=1e-6)
     assert scaled.kind == kind
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 2, 2)])
+@pytest.mark.parametrize("kind", ["cross_entropy", "nll_loss"])
+def test_recalibrated_classes_are_log_probabilities_in_place_of_logits(kind: Any, shape: tuple[int, ...]) -> None:
+    z, bias = logits(*shape), torch.tensor([0.5, -1.0, 0.0])
+    given = z.log_softmax(1) if kind == "nll_loss" else z
+    seen: list[Tensor] = []
+
+    def recalibrate(log_p: Tensor) -> Tensor:
+        seen.append(log_p)
+        return (0.5 * log_p + bias).log_softmax(1)
+
+    found = LossCall(kind, given, CLASSES).recalibrated(recalibrate)
+    each = bias.view(1, 3, *[1] * (len(shape) - 2))
+    torch.testing.assert_close(found.logits, (0.5 * z.log_softmax(1) + each).log_softmax(1))
+    assert (found.kind, seen[0].shape) == (kind, (z.numel() // 3, 3))
+    torch.testing.assert_close(seen[0].exp().sum(1), torch.ones(len(seen[0])))
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 3), (5, 3, 2)])
+@pytest.mark.parametrize("kind", ["binary_cross_entropy_with_logits", "binary_cross_entropy"])
+def test_recalibrated_yes_no_outputs_stay_what_they_were(kind: Any, shape: tuple[int, ...]) -> None:
+    z = logits(*shape)
+    given = z.sigmoid() if kind == "binary_cross_entropy" else z
+
+    def platt(log_p: Tensor) -> Tensor:
+        return F.logsigmoid(torch.tensor([-1.0, 1.0]) * (0.5 * (log_p[:, 1:] - log_p[:, :1]) + 0.3))
+
+    found = LossCall(kind, given, yes_no(*shape)).recalibrated(platt).logits
+    expected = 0.5 * z + 0.3
+    torch.testing.assert_close(found, expected.sigmoid() if kind == "binary_cross_entropy" else expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_recalibrated_logits_keep_their_type(dtype: torch.dtype) -> None:
+    call = LossCall("cross_entropy", logits(4, 3).to(dtype), CLASSES)
+    assert call.recalibrated(lambda log_p: log_p).logits.dtype == dtype

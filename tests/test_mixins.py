@@ -23,6 +23,7 @@ from lightning_robust import (
     AdversarialTraining,
     CalibratedMixin,
     CalibrationMonitor,
+    CorruptionMonitor,
     InputGradientPenalty,
     OODMonitor,
     RobustAccuracy,
@@ -330,6 +331,7 @@ def everything() -> list[Any]:
         RobustAccuracy(PGD(THREAT, steps=3), name="strong"),
         CalibrationMonitor(),
         OODMonitor(),
+        CorruptionMonitor(max_samples=16, per_epoch=2),
         SaliencySnapshots(["gradient"]),
         TemperatureScaling(),
     ]
@@ -347,7 +349,8 @@ def test_all_defences_and_monitors_of_a_mixin_train_and_measure_what_callbacks_d
         found.append((flat(module), metrics))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
-    assert {"robust.strong/val/accuracy", "ood/val/synthetic_noise/msp_auroc", "saliency/val/flips"} <= set(found[1][1])
+    measured = {"robust.strong/val/accuracy", "ood/val/synthetic_noise/msp_auroc", "saliency/val/flips"}
+    assert {*measured, "shift/val/mean_accuracy"} <= set(found[1][1])
 
 
 class Parts(RobustTrainingMixin, zoo.ListBatch):

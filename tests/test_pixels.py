@@ -116,6 +116,21 @@ def test_inputs_outside_raise_with_both_ranges_and_the_likely_cause(
         space.check(torch.tensor(x))
 
 
+@pytest.mark.parametrize(
+    ("x", "says"),
+    [
+        ([[0.0, 255.0]], r"use PixelSpace\(bounds=\(0, 255\)\)\.$"),
+        ([[-2.0, 2.0]], r"the numbers that the data pipeline uses\.$"),
+        ([[0.0, 300.0]], r"PixelSpace\(outside='widen'\) has values outside moved"),
+    ],
+)
+def test_where_nothing_is_attacked_neither_eps_nor_a_missing_box_is_spoken_of(x: list[list[float]], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        PixelSpace().check(torch.tensor(x), attacked=False)
+    assert "eps" not in str(caught.value)
+    assert "None" not in str(caught.value)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_black_and_white_normalised_in_any_precision_are_still_inside(dtype: torch.dtype) -> None:
     space = PixelSpace(mean=MEAN, std=STD)

@@ -33,6 +33,13 @@ def test_a_seeded_stream_is_a_function_of_its_keys() -> None:
     assert torch.equal(first, torch.rand(8, generator=seeded(3, 1, 4)))
 
 
+def test_keys_of_numpy_and_torch_are_the_whole_numbers_that_they_stand_for() -> None:
+    expected = torch.rand(8, generator=seeded(5, 7))
+    for key in (np.int64(5), torch.tensor(5)):
+        assert torch.equal(expected, torch.rand(8, generator=seeded(key, 7)))  # type: ignore[arg-type]  # as users have it
+    assert torch.equal(priorities(torch.arange(9), np.int64(3)), priorities(torch.arange(9), 3))  # type: ignore[arg-type]  # likewise
+
+
 def test_neighbouring_keys_give_different_streams() -> None:
     keys = [(0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1), (10, 1), (1, 10), (-1,), (2**80,)]
     firsts = {float(torch.rand(1, generator=seeded(*k), dtype=torch.float64)) for k in keys}

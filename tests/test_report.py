@@ -50,6 +50,59 @@ def test_every_capability_has_its_rows_in_a_fixed_order() -> None:
     }  # the score that was logged first stands for its set
 
 
+def test_shift_has_its_mean_what_is_kept_of_it_and_each_loader() -> None:
+    shift = {"clean_accuracy": 0.9, "sampled_accuracy": 0.6, "mean_accuracy": 0.675, "retention": 0.75}
+    shift |= {"mean_nll": 1.0, "uci_digits/accuracy": 0.5, "uci_digits/retention": 0.6}
+    assert list(cells({f"shift/test/{name}": value for name, value in shift.items()}).items()) == [
+        ("accuracy under corruption, mean", "67.5 %"),
+        ("accuracy kept under corruption", "75.0 %"),
+        ("accuracy on uci digits", "50.0 %"),
+    ]
+    assert list(cells({"shift.b/test/retention": 0.5})) == ["accuracy kept under corruption (b)"]
+
+
+def test_other_recalibrators_and_prediction_sets_have_rows() -> None:
+    found = {"nll": 0.2, "nll_scaled": 0.15, "nll_vector": 0.125, "ece_vector": 0.1, "accuracy_vector": 0.9}
+    found |= {"coverage_lac": 0.912, "set_size_lac": 1.234, "worst_class_coverage_lac": 0.8, "empty_lac": 0.0}
+    assert list(cells({f"calibration/test/{name}": value for name, value in found.items()}).items()) == [
+        ("NLL", "0.200"),
+        ("NLL after temperature", "0.150"),
+        ("NLL after vector", "0.125"),
+        ("prediction sets (lac): coverage, mean size", "91.2 %, 1.23"),
+    ]
+
+
+def test_each_detector_has_a_row_and_a_mean_only_if_it_is_one_of_several_sets() -> None:
+    found = {
+        "letters/energy_auroc": 0.9,
+        "letters/energy_worst_group_auroc": 0.8,
+        "letters/msp_auroc": 0.85,
+        "letters/knn_auroc": 0.95,
+        "patches/energy_auroc": 0.7,
+        "patches/knn_auroc": 0.75,
+        "attacked/energy_auroc": 0.6,
+        "near/energy_auroc": 0.9,  # of letters alone
+        "near/knn_auroc": 0.95,
+        "far/energy_auroc": 0.8,
+        "far/knn_auroc": 0.85,
+    }
+    assert list(cells({f"ood/test/{name}": value for name, value in found.items()}).items()) == [
+        ("AUROC, letters against test data (energy)", "0.900"),
+        ("AUROC, letters (knn)", "0.950"),
+        ("AUROC, patches against test data (energy)", "0.700"),
+        ("AUROC, patches (knn)", "0.750"),
+        ("AUROC, test data under attack (energy)", "0.600"),
+        ("AUROC, far, mean of sets (energy)", "0.800"),
+        ("AUROC, far, mean of sets (knn)", "0.850"),
+    ]
+
+
+def test_the_accuracy_of_the_calibration_stands_in_where_no_other_is_known() -> None:
+    assert cells({"calibration/test/accuracy": 0.5}) == {"accuracy": "50.0 %"}
+    assert cells({"calibration/test/accuracy": 0.5, "test/accuracy": 0.25}) == {"accuracy": "25.0 %"}
+    assert "accuracy" not in cells({"calibration/test/accuracy": 0.5, "robust/test/clean_accuracy": 0.25})
+
+
 def test_the_users_own_accuracy_stands_in_where_nothing_attacks() -> None:
     assert cells({"test/accuracy": 0.5, "test/loss": 1.0}) == {"accuracy": "50.0 %"}
     assert cells({"val/accuracy": 0.5, "robust/val/accuracy": 0.5}) == {}

@@ -17,6 +17,7 @@ from lightning_robust import (
     PGD,
     AdversarialTraining,
     CalibrationMonitor,
+    CorruptionMonitor,
     InputGradientPenalty,
     OODMonitor,
     RobustAccuracy,
@@ -25,11 +26,13 @@ from lightning_robust import (
     TemperatureScaling,
     ThreatModel,
 )
+from lightning_robust.corruptions import corrupt
 
 THREAT = ThreatModel("linf", 0.1)
 ATTACK = PGD(THREAT, steps=2, start="zero", keep="last")
 METHODS = ("madry", "trades", "n-fgsm", "penalty", "trades and penalty")
-OURS = ("robust", "calibration", "ood", "saliency")
+SHIFT = ("gaussian_noise", 3)
+OURS = ("robust", "calibration", "ood", "shift", "saliency")
 
 
 class Net(zoo.ListBatch):
@@ -82,6 +85,7 @@ def monitors(samples: int = 1000) -> list[Any]:
         RobustAccuracy(ATTACK, max_samples=samples),
         CalibrationMonitor(),
         OODMonitor({"other": TensorDataset(zoo.images(20, 9), zoo.labels(20))}),
+        CorruptionMonitor(corruptions=[SHIFT[0]], severities=[SHIFT[1]], max_samples=samples),
         TemperatureScaling(),
         SaliencySnapshots(methods=["gradient"], samples=4),
     ]
@@ -122,6 +126,20 @@ def offline(module: nn.Module, batches: Any) -> dict[str, float]:
         n += len(y)
     module.train(was)
     return {"robust/val/clean_accuracy": right / n, "robust/val/accuracy": robust / n, "calibration/val/nll": nll / n}
+
+
+def offline_shift(module: nn.Module, batches: Any) -> dict[str, float]:
+    """Accuracy of a module in eval mode on corrupted samples, by a plain loop."""
+    was = module.training
+    module.eval()
+    right = n = 0
+    for x, y in batches:
+        with torch.no_grad():
+            made = corrupt(x, *SHIFT, index=range(n, n + len(y)))
+            right += int((module(made).argmax(1) == y).sum())
+        n += len(y)
+    module.train(was)
+    return {"shift/val/sampled_accuracy": right / n}
 
 
 class Epochs(pl.Callback):

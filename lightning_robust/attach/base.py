@@ -30,7 +30,16 @@ else:
         _bases += (_LightningCallback,)
     _Callback = type("_Callback", _bases, {})
 
-__all__ = ["RobustCallback", "log", "logged_step", "sections", "show_image", "show_or_save", "show_text"]
+__all__ = [
+    "RobustCallback",
+    "log",
+    "logged_step",
+    "sections",
+    "show_image",
+    "show_or_save",
+    "show_text",
+    "shows_images",
+]
 
 log = logging.getLogger("lightning_robust")
 
@@ -205,6 +214,11 @@ def show_image(trainer: Any, tag: str, picture: Tensor) -> None:
     if trainer.is_global_zero:
         for logger in _taking(trainer, "add_image"):
             logger.experiment.add_image(tag, picture, logged_step(trainer))
+
+
+def shows_images(trainer: Any) -> bool:
+    """Whether this process has a logger that takes pictures; if not, there is no use in drawing any."""
+    return bool(trainer.is_global_zero and _taking(trainer, "add_image"))
 
 
 def show_or_save(trainer: Any, tag: str, picture: Tensor) -> None:

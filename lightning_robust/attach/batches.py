@@ -227,13 +227,22 @@ def shown(path: Path) -> str:
 
 
 def described(batch: Any) -> str:
-    """Every leaf with its type and shape, for error messages."""
-    parts = []
+    """Every leaf with its type and shape, for error messages; of a list of names or numbers only how many.
+
+    Example:
+        >>> described({"x": torch.zeros(2, 3), "site": ["a", "b"]})
+        "batch['x'] float32 (2, 3), batch['site'] 2 x str"
+    """
+    plain: dict[Path, list[str]] = {}
     for path, leaf in leaves(batch):
-        what = (
-            f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
-            if isinstance(leaf, torch.Tensor)
-            else type(leaf).__name__
-        )
-        parts.append(f"{shown(path)} {what}")
+        if isinstance(leaf, torch.Tensor):
+            plain[path] = [f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"]
+        else:
+            above = get(batch, path[:-1]) if len(path) > 1 else None
+            listed = isinstance(above, (list, tuple)) and isinstance(leaf, (str, int, float))
+            plain.setdefault(path[:-1] if listed else path, []).append(type(leaf).__name__)
+    parts = [
+        f"{shown(path)} {found[0] if len(found) == 1 else f'{len(found)} x {found[0]}'}"
+        for path, found in plain.items()
+    ]
     return ", ".join(parts[:12]) + (f" and {len(parts) - 12} more" if len(parts) > 12 else "") or "an empty batch"

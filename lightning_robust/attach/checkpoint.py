@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,15 +36,58 @@ Sections = Callable[[], Mapping[str, Any]]
 
 
 def write_entry(checkpoint: dict[str, Any], sections: Mapping[str, Any], version: str) -> None:
-    """Merge ``sections`` into the entry of a checkpoint that is being saved."""
+    """Merge ``sections`` into the entry of a checkpoint that is being saved.
+
+    Numbers, strings and arrays of numpy become plain ones and tensors, keys become strings where they are neither that
+    nor whole numbers; what ``torch.load(weights_only=True)`` would not open is left out, with a warning that says where
+    it was.
+    """
     entry = checkpoint.setdefault(KEY, {"format": FORMAT})
     entry.update(
         written_by=f"lightning_robust {version}",
         global_step=int(checkpoint.get("global_step", 0)),
         epoch=int(checkpoint.get("epoch", 0)),
     )
-    for name, content in sections.items():
+    for name, content in _plain(sections, "").items():
         entry[name] = {**entry.get(name, {}), **content} if isinstance(content, Mapping) else content
+
+
+class _NotPlain:
+    """Stands for what is left out."""
+
+
+def _plain(value: Any, path: str) -> Any:
+    """A value of plain types; ``path`` says where it is."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    elif isinstance(value, np.ndarray):
+        value = torch.from_numpy(value.copy()) if value.dtype.kind in "biuf" else value.tolist()
+    if value is None or type(value) in (bool, int, float, str, Tensor, nn.Parameter):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach().as_subclass(Tensor)
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        items = ((_plain_key(key), part) for key, part in value.items())
+        parts: Any = {key: _plain(part, f"{path}[{key!r}]") for key, part in items}
+        return {key: part for key, part in parts.items() if part is not _NotPlain}
+    if isinstance(value, (list, tuple)):
+        parts = [_plain(part, f"{path}[{i}]") for i, part in enumerate(value)]
+        parts = [part for part in parts if part is not _NotPlain]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    warnings.warn(
+        f"checkpoint[{KEY!r}]{path} is a {type(value).__module__}.{type(value).__name__}, which "
+        "torch.load(weights_only=True) would refuse; it is left out. Give plain numbers, strings, lists, dicts or "
+        "tensors.",
+        stacklevel=2,
+    )
+    return _NotPlain
+
+
+def _plain_key(key: Any) -> str | int:
+    return key if type(key) in (str, int) else str(key)
 
 
 def read_entry(source: str | Path | Mapping[str, Any], *, weights_only: bool = True) -> dict[str, Any]:
@@ -79,13 +124,29 @@ def read_entry(source: str | Path | Mapping[str, Any], *, weights_only: bool = T
     return entry
 
 
-def rewrite(path: str | Path, sections: Mapping[str, Any], version: str, to: str | Path | None = None) -> None:
+def rewrite(
+    path: str | Path,
+    sections: Mapping[str, Any],
+    version: str,
+    to: str | Path | None = None,
+    drop: Container[str] = (),
+) -> None:
     """Merge ``sections`` into the entry of a checkpoint file, in place or written to another file; all or nothing.
+
+    Args:
+        path: The file.
+        sections: By name.
+        version: Of this package.
+        to: The other file.
+        drop: Which sections to take out first, with those of named callbacks (``"ood"`` for ``"ood.far"``).
 
     Raises:
         pickle.UnpicklingError: If the file holds objects of somebody's classes, which ``torch.load`` does not trust.
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if KEY in checkpoint:
+        kept = {name: part for name, part in checkpoint[KEY].items() if name.split(".")[0] not in drop}
+        checkpoint[KEY] = kept
     write_entry(checkpoint, sections, version)
     target = Path(path if to is None else to).resolve()  # a link stays one
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from lightning_robust.attach.loaders import size_of, transferred
 from lightning_robust.attach.step import Step
 from lightning_robust.randomness import seeded
 
-__all__ = ["foreign_input", "foreign_loader", "through_hooks"]
+__all__ = ["foreign_input", "foreign_loader", "make_of", "same_make", "through_hooks"]
 
 
 def foreign_loader(source: Any, batch_size: int, limit: int, seed: int) -> Iterable[Any]:
@@ -39,14 +39,14 @@ def through_hooks(trainer: Any, step: Step, batch: Any, like: Tensor, place: Pat
         place: Where that input is.
     """
     # Hooks may turn what a loader makes into something else: either side of them tells.
-    alike = _make(batch) == _make(step.batch)
+    alike = same_make(batch, step.batch)
     try:
         moved = transferred(trainer, step.module, batch)
     except Exception:  # a hook may fail in any way on what it was not written for
         if alike:
             raise
         return None
-    if _make(moved) != _make(step.batch):
+    if not same_make(moved, step.batch):
         return None
     found = get(moved, place)
     return moved if alike or (len(found) == size_of(batch) and found.shape[1:] == like.shape[1:]) else None
@@ -75,6 +75,11 @@ def foreign_input(batch: Any, found: Any, like: Tensor, what: str) -> Tensor:
     return found.to(like.device, like.dtype)
 
 
-def _make(batch: Any) -> set[Path]:
+def same_make(batch: Any, other: Any) -> bool:
+    """Whether two batches have their tensors at the same places."""
+    return make_of(batch) == make_of(other)
+
+
+def make_of(batch: Any) -> set[Path]:
     """Where a batch has tensors; names and ids come one a sample and say nothing about its make."""
     return {path for path, leaf in leaves(batch) if isinstance(leaf, Tensor)}

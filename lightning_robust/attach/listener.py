@@ -63,6 +63,12 @@ class Heard:
         on_device = kept.to(log_p.device)
         return log_p[on_device], labels[on_device], self.index[sample[kept]]
 
+    @property
+    def by_sample(self) -> bool:
+        """Whether it is known which sample each row is of: each has equally many, and none were left out before."""
+        n, rows = len(self.x), len(self.call.logits)
+        return rows == 0 if n == 0 else rows >= n and rows % n == 0
+
 
 class Listener:
     """Listens to one evaluation batch after the other; shared by all callbacks that read steps the same way.

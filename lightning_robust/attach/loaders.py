@@ -9,14 +9,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from lightning_robust.attach.batches import described, leaves
 from lightning_robust.attach.sharded import NOBODY, is_sharded
 from lightning_robust.attach.step import defines
 from lightning_robust.randomness import untouched_random_state
 
-__all__ = ["evaluation_loaders", "is_everyones", "named", "own_batches", "size_of", "transferred", "true_length"]
+__all__ = [
+    "evaluation_loaders",
+    "is_everyones",
+    "named",
+    "own_batches",
+    "shuffles",
+    "size_of",
+    "transferred",
+    "true_length",
+]
 
 
 def evaluation_loaders(trainer: Any) -> list[tuple[str, Any]]:
@@ -106,6 +122,18 @@ def is_everyones(loader: Any) -> bool:
     """
     sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
     return type(sampler) in (SequentialSampler, RandomSampler) and type(batches) in (BatchSampler, type(None))
+
+
+def shuffles(loader: Any) -> bool:
+    """Whether a loader draws its samples in another order each time, as far as torch's own samplers tell.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> [shuffles(DataLoader(range(4), shuffle=shuffle)) for shuffle in (True, False)]
+        [True, False]
+    """
+    drawing = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+    return isinstance(getattr(loader, "sampler", None), drawing)
 
 
 def true_length(loader: Any, world: int) -> int:

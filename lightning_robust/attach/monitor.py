@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_robust.attach.base import RobustCallback, log
+from lightning_robust.attach.base import RobustCallback, log, logged_step
 from lightning_robust.attach.batches import copied, rebuilt
+from lightning_robust.attach.groups import Groups
 from lightning_robust.attach.listener import Heard, Listener
 from lightning_robust.attach.loaders import evaluation_loaders
 from lightning_robust.attach.probe import Probe
@@ -19,6 +20,8 @@ from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import ProbeError
 
 __all__ = ["Monitor", "suffixes"]
+
+CROWD = 180  # metrics of ours in a run that was forked or spawned
 
 
 class Monitor(RobustCallback):
@@ -116,11 +119,42 @@ class Monitor(RobustCallback):
 
     def log_values(self, pl_module: Any, values: Mapping[str, float], n: int) -> None:
         """Log what is equal on all processes already."""
+        beside: dict[str, float] = {}
         for key, value in values.items():
             _area, stage, metric = key.split("/")[:3]
-            self._logged.setdefault(stage.split("_")[0], set()).add(key)
+            known = self._logged.setdefault(stage.split("_")[0], set())
+            if key not in known and _crowded(pl_module.trainer):
+                beside[key] = value
+                continue
+            known.add(key)
             one = torch.tensor(value, dtype=torch.float32)
             pl_module.log(key, one, sync_dist=True, batch_size=max(n, 1), prog_bar=metric == self.shown)
+        if beside:
+            self.warn_once(
+                f"the callbacks here log more than {CROWD} metrics, and a run that was launched by forking or spawning "
+                f"hangs at its end when Lightning carries many of them home: {len(beside)} go into the loggers alone. "
+                "Launch with torchrun or strategy='ddp', or measure less.",
+                "crowd",
+            )
+            self.log_beside(pl_module.trainer, beside)
+
+    def log_beside(self, trainer: Any, values: Mapping[str, float]) -> None:
+        """Into the loggers, past Lightning: it reduces each metric by itself and carries all of them through a pipe."""
+        if values and trainer.is_global_zero and not trainer.sanity_checking:
+            for logger in trainer.loggers:
+                logger.log_metrics(dict(values), step=logged_step(trainer))
+
+    def codes(self, groups: Groups | None, batch: Any, n: int, loader: int) -> Tensor | None:
+        """The group of each of ``n`` samples; of a loader behind the first only if it has any."""
+        if groups is None:
+            return None
+        try:
+            return groups.codes(batch, n)
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
+            if loader == 0:
+                raise
+            self.warn_once(f"loader {loader} is measured without groups: {error}", f"groups of loader {loader}")
+            return None
 
     def summed(self, trainer: Any, pl_module: Any, state: Tensor) -> Tensor:
         """A state of doubles, summed over all processes in one step."""
@@ -332,6 +366,15 @@ class Monitor(RobustCallback):
 
     def _active(self, trainer: Any, stage: str) -> bool:
         return stage in self.stages and not trainer.sanity_checking
+
+
+def _crowded(trainer: Any) -> bool:
+    """Whether a forked or spawned run has as many metrics of ours as can be carried home through a pipe."""
+    # Lightning pickles all of them into a pipe of 64 KB that is read only after the process has ended. Some 300 bytes
+    # each, and the user has some, too: 223 did not come through.
+    if type(trainer.strategy.launcher).__name__ != "_MultiProcessingLauncher":
+        return False
+    return sum(len(keys) for c in trainer.callbacks if isinstance(c, Monitor) for keys in c._logged.values()) >= CROWD
 
 
 def _batches(trainer: Any) -> float:

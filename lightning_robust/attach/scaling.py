@@ -16,8 +16,10 @@ from lightning_robust.attach.checkpoint import read_entry
 from lightning_robust.attach.patch import patch
 from lightning_robust.attach.route import Route, call_at
 from lightning_robust.attach.watcher import UNSCALED, ProbeError, is_unheard
+from lightning_robust.calibration import Recalibrator, load_recalibrator
 
 __all__ = [
+    "applied_temperature",
     "calibrated",
     "load_temperature",
     "preferred",
@@ -62,13 +64,22 @@ def stored_temperature(entry: Mapping[str, Any], *, name: str | None = None, str
         if strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=3)
-    if section.get("at_bound"):
-        warnings.warn(
-            f"the temperature {section['temperature']:g} is a bound, not a finding: for the {section['samples']} "
-            "predictions it was fitted on no best one exists (all right, or no better than chance). Fit it on more.",
-            stacklevel=3,
-        )
-    return float(section["temperature"])
+    if not section.get("at_bound"):
+        return float(section["temperature"])
+    at = applied_temperature(section)
+    what = "1 is no finding, and nothing is scaled" if at == 1 else f"the temperature {at:g} is a bound, not a finding"
+    warnings.warn(
+        f"{what}: for the {section['samples']} predictions it was fitted on no best one exists (all right, or no "
+        "better than chance). Fit it on more.",
+        stacklevel=3,
+    )
+    return at
+
+
+def applied_temperature(section: Mapping[str, Any]) -> float:
+    """What a section's temperature is applied as: 1 for a lower bound, which files of earlier versions hold."""
+    temperature = float(section["temperature"])
+    return 1.0 if section.get("at_bound") and temperature < 1 else temperature
 
 
 def calibrated(
@@ -79,6 +90,7 @@ def calibrated(
     logits_fn: Callable[..., Tensor] | None = None,
     name: str | None = None,
     strict: bool = False,
+    method: str = "temperature",
     **init: Any,
 ) -> Module:
     """A module from a checkpoint, its logits divided by the temperature that the checkpoint stores.
@@ -91,6 +103,8 @@ def calibrated(
             Inside of it ``module(x)`` is the forward that the class defines.
         name: Of the TemperatureScaling callback, if it has one.
         strict: Raise where the temperature is stale.
+        method: ``"temperature"``, or another recalibrator that the checkpoint stores (``methods=`` of
+            TemperatureScaling): then log-probabilities take the place of the logits, log-odds that of yes/no outputs'.
         **init: Arguments of ``cls`` and of its ``load_from_checkpoint``; ``weights_only=False`` opens files that hold
             objects, and trusts whoever wrote them.
 
@@ -98,14 +112,20 @@ def calibrated(
         The same class in eval mode; everything that uses the logits (``forward``, ``predict_step``) is calibrated.
 
     Raises:
-        KeyError: If the checkpoint has no temperature.
+        KeyError: If the checkpoint has no temperature, or no such recalibrator.
         ProbeError: If it does not say which submodule gives the logits, and neither ``module`` nor ``logits_fn`` does.
     """
     entry = read_entry(path, weights_only=init.get("weights_only") is not False)
     temperature = stored_temperature(entry, name=name, strict=strict)
+    recalibrate = None if method == "temperature" else _stored_recalibrator(entry, name, method)
     loaded: Any = cls.load_from_checkpoint(path, **{"map_location": "cpu", **init})  # type: ignore[attr-defined]  # a LightningModule
     loaded.eval()
     if logits_fn is not None:
+        if recalibrate is not None:
+            raise ValueError(
+                f"logits_fn= says nothing about what its logits are, which method={method!r} needs to know; name the "
+                "submodule (module=) or recalibrate its logits yourself: read_entry(path) holds the recalibrator."
+            )
         _forward_from(loaded, logits_fn, temperature)
         return loaded  # type: ignore[no-any-return]  # of class `cls`
     route = route_of(entry, module)
@@ -114,7 +134,11 @@ def calibrated(
             f"{path} does not record a submodule of {cls.__name__} whose output is the logits. Name it: "
             "calibrated(..., module='net.head'), or give calibrated(..., logits_fn=lambda module, x: ...)."
         )
-    scale_output(loaded, route, partial(float, temperature))
+    if recalibrate is None:
+        scale_output(loaded, route, partial(float, temperature))
+    else:
+        source = _submodule(loaded, route)
+        source.register_forward_hook(partial(_recalibrate, route, recalibrate))
     return loaded  # type: ignore[no-any-return]  # of class `cls`
 
 
@@ -153,13 +177,37 @@ def scale_output(module: nn.Module, route: Route, temperature: Callable[[], floa
     What this package reads (attacks, scores) stays as it is: who listens finds the logits as they were beside the
     scaled ones, and our own reads are left alone.
     """
+    source = _submodule(module, route)
+    # Of a function of this file, so that a calibrated module can be pickled.
+    return source.register_forward_hook(partial(_scale, route, temperature)).remove
+
+
+def _submodule(module: nn.Module, route: Route) -> nn.Module:
     try:
-        source = module.get_submodule(route.module or "")
+        return module.get_submodule(route.module or "")
     except AttributeError as error:
         names = ", ".join(name for name, _ in module.named_modules() if name)
         raise ProbeError(f"{type(module).__name__} has no submodule {route.module!r}; it has {names}.") from error
-    # Of a function of this file, so that a calibrated module can be pickled.
-    return source.register_forward_hook(partial(_scale, route, temperature)).remove
+
+
+def _stored_recalibrator(entry: Mapping[str, Any], name: str | None, method: str) -> Recalibrator:
+    stored = entry["calibration" if name is None else f"calibration.{name}"].get("recalibrators", {})
+    if method not in stored:
+        have = ", ".join(["temperature", *stored])
+        raise KeyError(
+            f"the checkpoint has no recalibrator {method!r}, only {have}; TemperatureScaling(methods=[{method!r}]) "
+            "fits and stores one."
+        )
+    return load_recalibrator(stored[method])
+
+
+def _recalibrate(route: Route, recalibrate: Recalibrator, _module: nn.Module, _args: Any, output: Any) -> Tensor | None:
+    if not isinstance(output, Tensor) or not output.ndim or is_unheard():
+        return None
+    call = call_at(route, output, torch.empty(0, device=output.device))
+    scaled = call.recalibrated(recalibrate).logits.reshape(output.shape)
+    setattr(scaled, UNSCALED, output)
+    return scaled
 
 
 def _scale(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +21,12 @@ TEXT, TITLE = 12, 14
 BAR, STRIP, INK, PALE, LINE = (108, 156, 212), (160, 160, 160), (20, 20, 20), (225, 225, 225), (190, 60, 40)
 
 
-def reliability_diagram(reliability: Reliability, title: str = "") -> Tensor:
+def reliability_diagram(
+    reliability: Reliability,
+    title: str = "",
+    beside: Reliability | None = None,
+    titles: tuple[str, str] = ("as it is", "scaled"),
+) -> Tensor:
     """Draw how often predictions are right, by how sure they are.
 
     Each bar is the accuracy of one bin of confidence, with its 95 % band (Wilson) as a whisker. A perfect model's bars
@@ -30,22 +36,36 @@ def reliability_diagram(reliability: Reliability, title: str = "") -> Tensor:
     Args:
         reliability: What was counted.
         title: A line above, e.g. the stage and the epoch.
+        beside: What a second panel shows, on the same axes, e.g. the same predictions at another temperature.
+        titles: What the two panels are called; not written without a second.
 
     Returns:
-        ``(3, 420, 420)``, float32 in [0, 1].
+        ``(3, 420, 420)``, with a second panel ``(3, 420, 840)``; float32 in [0, 1].
 
     Example:
         >>> counted = Reliability.of(torch.tensor([[0.8, 0.2]]).log(), torch.tensor([0]))
         >>> reliability_diagram(counted, "validation, epoch 3").shape
         torch.Size([3, 420, 420])
+        >>> reliability_diagram(counted, "validation, epoch 3", beside=counted).shape
+        torch.Size([3, 420, 840])
     """
+    if beside is None:
+        return _panel(reliability, title, most=int(reliability.counts.max()))
+    # One scale for both grey strips: the panels are compared.
+    most = int(max(reliability.counts.max(), beside.counts.max()))
+    left = _panel(reliability, f"{title}: {titles[0]}" if title else titles[0], most)
+    return torch.cat([left, _panel(beside, titles[1], most)], dim=2)
+
+
+def _panel(reliability: Reliability, title: str, most: int) -> Tensor:
+    """One diagram; a bin of ``most`` predictions fills the strip."""
     # Pillow comes with TensorBoard; it is needed for pictures alone.
     from PIL import Image, ImageDraw
 
     canvas = Image.new("RGB", (SIDE, SIDE), "white")
     draw = ImageDraw.Draw(canvas)
     _axes(draw)
-    _bars(draw, reliability)
+    _bars(draw, reliability, most)
     draw.line((LEFT, BOTTOM, RIGHT, TOP), fill=LINE, width=2)
     _words(draw, reliability, title)
     pixels = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(SIDE, SIDE, 3)
@@ -60,6 +80,7 @@ def _y(accuracy: float) -> int:
     return round(BOTTOM - accuracy * (BOTTOM - TOP))
 
 
+@lru_cache(maxsize=2)
 def _font(size: int) -> Any:
     from PIL import ImageFont
 
@@ -77,9 +98,9 @@ def _axes(draw: Any) -> None:
     draw.line((LEFT, STRIP_BOTTOM, RIGHT, STRIP_BOTTOM), fill=INK)
 
 
-def _bars(draw: Any, reliability: Reliability) -> None:
+def _bars(draw: Any, reliability: Reliability, most: int) -> None:
     table = reliability.to_dict()
-    bins, most = len(table["counts"]), max(table["counts"])
+    bins = len(table["counts"])
     for m, (count, accuracy) in enumerate(zip(table["counts"], table["accuracy"], strict=True)):
         if not count:
             continue

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_robust._version import __version__
+from lightning_robust.attach.checkpoint import rewrite
 from lightning_robust.attach.listener import Heard
 from lightning_robust.attach.loaders import evaluation_loaders, own_batches, transferred, true_length
 from lightning_robust.attach.probe import Probe
 
-__all__ = ["kept_files", "read_loader", "validation_loader", "weights_of"]
+__all__ = ["kept_files", "read_loader", "rewrite_files", "validation_loader", "weights_of"]
 
 
 def kept_files(trainer: Any) -> dict[str, None]:
@@ -65,6 +68,38 @@ def weights_of(
                 yield file, step
     finally:
         module.load_state_dict(last)
+
+
+def rewrite_files(
+    trainer: Any,
+    module: Any,
+    files: Sequence[str | Path],
+    summed: Callable[..., list[int]],
+    fit: Callable[[int], Mapping[str, Any] | None],
+    expected: bool = False,
+) -> int:
+    """Give every file what is fitted for its own weights; how many got it.
+
+    Args:
+        trainer: Its processes, of which the first one writes.
+        module: The LightningModule.
+        files: Checkpoints.
+        summed: Sums integers over processes.
+        fit: With these weights, which are from that step: the entry, or None where there is nothing to fit on.
+        expected: Whether a missing file is worth a warning.
+    """
+    rewritten = 0
+    with closing(weights_of(module, files, summed, expected)) as loaded:
+        for file, step in loaded:
+            entry = fit(step)
+            if entry is not None and trainer.is_global_zero:
+                try:
+                    rewrite(file, entry, __version__)
+                    rewritten += 1
+                except OSError as error:
+                    warnings.warn(f"{file} could not be rewritten and is left as it is ({error}).", stacklevel=2)
+            trainer.strategy.barrier()
+    return rewritten
 
 
 def validation_loader(trainer: Any) -> Any:

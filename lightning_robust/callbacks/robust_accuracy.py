@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from lightning_robust.attach.base import show_image, show_text
 from lightning_robust.attach.batches import InputKey, Key
 from lightning_robust.attach.groups import Groups
 from lightning_robust.attach.listener import step_context
-from lightning_robust.attach.loaders import evaluation_loaders
+from lightning_robust.attach.loaders import evaluation_loaders, shuffles
 from lightning_robust.attach.monitor import Monitor, suffixes
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.reading import Reading
@@ -31,8 +30,6 @@ from lightning_robust.pictures import attack_strips
 from lightning_robust.randomness import seeded
 
 __all__ = ["RobustAccuracy"]
-
-_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 OneAttack = PGD | APGD | Square | WorstCase | AutoAttack | FGSM | NFGSM | UniformNoise | Callable[..., Any]
 
@@ -163,7 +160,7 @@ class RobustAccuracy(Monitor):
         with self._reading(trainer, stage) as reading:
             self._first_batch(trainer, reading, loader)
             # Two samples, shortened attacks: what is wrong with settings shows here.
-            groups = self._codes(step, len(reading.x), loader)
+            groups = self.codes(self.groups, step.batch, len(reading.x), loader)
             rows = torch.arange(min(2, len(reading.x)), device=reading.x.device)
             part = reading.at(rows) if reading.divisible else reading
             n = len(part.x)
@@ -185,7 +182,7 @@ class RobustAccuracy(Monitor):
             return
         with self._reading(trainer, stage) as reading:
             self._first_batch(trainer, reading, loader)
-            groups = self._codes(step, len(reading.x), loader)
+            groups = self.codes(self.groups, step.batch, len(reading.x), loader)
             pictures = self.examples if trainer.is_global_zero and loader == 0 else 0
             self._loaders[loader].add(reading, index, keep, groups, pictures)
             if self.masking and stage == "test" and self._diagnosis is None and loader == 0:
@@ -202,18 +199,6 @@ class RobustAccuracy(Monitor):
         no_autocast = torch.autocast(trainer.strategy.root_device.type, enabled=False)
         with step_context(trainer, stage), no_autocast, self.probe.reading(self.listener.readable(stage)) as reading:
             yield reading
-
-    def _codes(self, step: Step, n: int, loader: int) -> Tensor | None:
-        """The group of each sample; of a loader behind the first only if it has any."""
-        if self.groups is None:
-            return None
-        try:
-            return self.groups.codes(step.batch, n)
-        except (LookupError, AttributeError, TypeError, ValueError) as error:
-            if loader == 0:
-                raise
-            self.warn_once(f"loader {loader} is measured without groups: {error}", f"groups of loader {loader}")
-            return None
 
     def _diagnose(self, reading: Reading, index: Tensor) -> MaskingReport | None:
         attack = next((a for a in self.attacks.values() if getattr(a, "threat", None) is not None), None)
@@ -243,7 +228,8 @@ class RobustAccuracy(Monitor):
                 self.groups.share(trainer)
             values = {**scores.accuracies(), **summary(scores, self.curve, self.groups)}
             if found.under.counts_anything:
-                values |= found.under.compute(self.summed(trainer, pl_module, found.under.state()))
+                total = self.summed(trainer, pl_module, found.under.state())
+                values |= found.under.compute(total, pl_module.device)
             self._compare_samples(scores, self.key(stage, "samples") + suffix)
             self.log_values(pl_module, {self.key(stage, m) + suffix: v for m, v in values.items()}, scores.n)
             if loader == 0:
@@ -313,7 +299,7 @@ class RobustAccuracy(Monitor):
                 f"{reading.found}.",
             )
         self._checked.add(loader)
-        if isinstance(getattr(evaluation_loaders(trainer)[loader][1], "sampler", None), _SHUFFLING):
+        if shuffles(evaluation_loaders(trainer)[loader][1]):
             warnings.warn(
                 f"evaluation loader {loader} shuffles, so that each epoch attacks other samples and numbers of "
                 "different epochs or checkpoints cannot be compared; use shuffle=False.",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_robust.attach.base import logged_step, show_or_save, show_text
+from lightning_robust.attach.base import show_or_save, show_text
 from lightning_robust.attach.batches import Key, as_path, one_input
 from lightning_robust.attach.ending import is_last_evaluation
 from lightning_robust.attach.foreign import foreign_input, foreign_loader
@@ -312,7 +312,7 @@ class SaliencySnapshots(Monitor):
         if self._skipped and stage == "val":
             self.measured[self.key(stage, "skipped")] = float(self._skipped)
         self.log_values(pl_module, {k: v for k, v in self.measured.items() if _is_headline(k)}, self.samples)
-        self._to_loggers(trainer, {k: v for k, v in self.measured.items() if not _is_headline(k)})
+        self.log_beside(trainer, {k: v for k, v in self.measured.items() if not _is_headline(k)})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         before, self._step = self._step, int(trainer.global_step)
@@ -331,15 +331,9 @@ class SaliencySnapshots(Monitor):
 
     def _log_now(self, trainer: Any, pl_module: Any) -> None:
         """At this very step, whatever the interval of logging."""
-        self._to_loggers(trainer, self.measured)
+        self.log_beside(trainer, self.measured)
         values = {k: torch.tensor(v, dtype=torch.float32) for k, v in self.measured.items() if _is_headline(k)}
         pl_module.log_dict(values, on_step=True, on_epoch=False, logger=False, batch_size=self.samples)
-
-    def _to_loggers(self, trainer: Any, values: Mapping[str, float]) -> None:
-        """Past Lightning, which reduces each metric by itself and carries all of them through a pipe at the end."""
-        if values and trainer.is_global_zero and not trainer.sanity_checking:
-            for logger in trainer.loggers:
-                logger.log_metrics(dict(values), step=logged_step(trainer))
 
     def _due(self, trainer: Any, stage: str) -> bool:
         if trainer.state.fn != "fit" or not self.sets.started(stage):

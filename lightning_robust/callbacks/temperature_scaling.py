@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,24 +12,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_robust._version import __version__
+from lightning_robust.attach.base import show_image, shows_images
 from lightning_robust.attach.batches import Key
-from lightning_robust.attach.checkpoint import rewrite
-from lightning_robust.attach.listener import Heard
-from lightning_robust.attach.monitor import Monitor, suffixes
+from lightning_robust.attach.everyone import Everyone
+from lightning_robust.attach.groups import Groups
+from lightning_robust.attach.labelled import read_labelled
+from lightning_robust.attach.listener import Heard, step_context
+from lightning_robust.attach.monitor import suffixes
 from lightning_robust.attach.probe import Probe
-from lightning_robust.attach.route import Route
-from lightning_robust.attach.scaling import preferred, routes_in, scale_output, stored_temperature
-from lightning_robust.attach.watcher import ProbeError
-from lightning_robust.calibration import Reliability, fit_temperature
-from lightning_robust.callbacks.after_fit import kept_files, read_loader, validation_loader, weights_of
-from lightning_robust.metrics import Reservoir
-from lightning_robust.randomness import priorities
+from lightning_robust.attach.step import Step
+from lightning_robust.callbacks.after_fit import kept_files, read_loader, rewrite_files, validation_loader
+from lightning_robust.callbacks.applied_temperature import AppliedTemperature
+from lightning_robust.callbacks.fitted import Fitted, StoredFits, report
+from lightning_robust.callbacks.kept_rows import KeptRows
+from lightning_robust.callbacks.measured_loader import UNKNOWN, codes_of_rows
+from lightning_robust.callbacks.recalibration import Recalibration, Rows, check_head, check_methods
+from lightning_robust.callbacks.reported import UNSCALED, Reported
 
 __all__ = ["TemperatureScaling"]
 
 
-class TemperatureScaling(Monitor):
+class TemperatureScaling(AppliedTemperature):
     """Fit the temperature that makes confidence honest, for the very weights that are validated.
 
     It is refitted from the validation logits at the end of every validation epoch (milliseconds, no extra forward) and
@@ -40,14 +43,31 @@ class TemperatureScaling(Monitor):
     ``nll_scaled`` and ``ece_scaled`` with ``ece_scaled_low``, ``ece_scaled_high`` (95 % interval) and
     ``ece_scaled_floor`` (a perfectly calibrated model of this size). ``Trainer.test`` logs the same keys with
     ``test`` for ``val``, at the temperature that was fitted in validation or came with the checkpoint. Only the first
-    validation loader is fitted on.
+    validation loader is fitted on. A reliability diagram shows both sides, as it is and scaled.
 
     Args:
         when: ``"validation"``, or ``"after_fit"``: once at the end of training, for the last weights and for every
             checkpoint kept on disk (those files are rewritten with their own temperature in them; a file that holds
             objects of your own classes is left as it is, with a warning).
             List it behind callbacks that exchange the weights when training ends (weight averaging).
-        dataloader: The loader that ``"after_fit"`` fits on; by default the first one of validation.
+        dataloader: Data of their own to fit on, a loader (or, in validation, a data set) made like that of validation;
+            by default the first loader of validation itself. In validation it is read between the first and the last
+            batch, and what is reported is about the validation data, none of which were fitted on.
+        split: Fit on this share of the validation samples, a seeded choice, and report on the others; by default all
+            are fitted on and reported cross-fitted.
+        methods: Other recalibrators, fitted on the same predictions and kept in the same entry: ``"vector"`` (a scale
+            and a bias for each class), ``"platt"`` (yes/no outputs), ``"isotonic"`` (needs scikit-learn). Logs
+            ``nll_{method}``, ``ece_{method}`` and ``accuracy_{method}``, which they may change.
+        prediction_sets: Share of samples whose set of classes may miss the right one, e.g. 0.1: split conformal sets
+            ("lac" and "aps") of the scaled probabilities are fitted as well. Logs ``coverage_lac``, ``set_size_lac``,
+            ``empty_lac`` (share of sets without any class), ``worst_class_coverage_lac`` and the same for aps, of
+            samples that they were not fitted on.
+        classwise: Log ``worst_class_ece_unscaled`` and ``worst_class_ece_scaled``, the calibration error of the worst
+            class, one against the rest.
+        group_key: Where in the batch a group for each sample is: ``worst_group_ece_unscaled`` and
+            ``worst_group_ece_scaled``, and ``worst_group_ece_floor_unscaled`` and ``_scaled`` of those very groups. Not
+            where a step drops rows before its loss.
+        diagram: Whether to draw the diagram.
         checkpoints: Which files ``"after_fit"`` rewrites; by default all that the Trainer's checkpoint callbacks keep.
         apply: Divide the module's logits in ``Trainer.test`` and ``predict``. Other callbacks of this package still see
             the logits as they are.
@@ -64,6 +84,7 @@ class TemperatureScaling(Monitor):
 
     Raises:
         ValueError: If a setting is out of range or belongs to another ``when``.
+        ModuleNotFoundError: If ``"isotonic"`` is asked for without scikit-learn.
 
     Example:
         >>> TemperatureScaling().key("val", "temperature")
@@ -78,6 +99,12 @@ class TemperatureScaling(Monitor):
         *,
         when: str = "validation",
         dataloader: Any = None,
+        split: float | None = None,
+        methods: Sequence[str] = (),
+        prediction_sets: float | None = None,
+        classwise: bool = False,
+        group_key: Key | None = None,
+        diagram: bool = True,
         checkpoints: Sequence[str] | None = None,
         apply: bool = False,
         max_samples: int = 50_000,
@@ -89,63 +116,56 @@ class TemperatureScaling(Monitor):
         strict: bool = False,
         name: str | None = None,
     ) -> None:
-        super().__init__(
-            "calibration", name, Probe(None, target_key, logits_fn, loss_index), ("val", "test"), strict=strict
-        )
+        super().__init__(name, Probe(None, target_key, logits_fn, loss_index), apply, strict=strict)
         if when not in ("validation", "after_fit"):
             raise ValueError(f"when= must be 'validation' or 'after_fit', got {when!r}.")
-        if when == "validation" and (dataloader is not None or checkpoints is not None):
-            raise ValueError("dataloader= and checkpoints= belong to when='after_fit'; validation uses its own loader.")
-        if isinstance(dataloader, Dataset):
+        if when == "validation" and checkpoints is not None:
+            raise ValueError("checkpoints= belongs to when='after_fit'; in validation every checkpoint gets its own.")
+        if when == "after_fit" and isinstance(dataloader, Dataset):
             raise ValueError("dataloader= takes a loader, got a data set: DataLoader(data_set, batch_size=...).")
+        if split is not None and (not 0 < split < 1 or dataloader is not None or when != "validation"):
+            raise ValueError(
+                f"split= is a share of the validation data between 0 and 1, for when='validation' without dataloader=; "
+                f"got {split}."
+            )
+        check_methods(methods, prediction_sets)
         if max_samples < 2 or bins < 1:
             raise ValueError(f"max_samples= must be at least 2 and bins= at least 1, got {max_samples} and {bins}.")
-        self.when, self.dataloader, self.checkpoints, self.apply = when, dataloader, checkpoints, apply
+        self.when, self.dataloader, self.checkpoints = when, dataloader, checkpoints
         self.max_samples, self.bins, self.seed = max_samples, bins, seed
-        self._weights_step: int | None = None  # that the weights in memory are from, as far as we have seen
-        self._bound_said = self._fitting = False
-        self._routes: list[Route] = []  # to the logits that the temperature is about
+        self.split, self.methods, self.alpha = split, tuple(methods), prediction_sets
+        self.classwise, self.diagram = classwise, diagram
+        self.groups = None if group_key is None else Groups(group_key)
+        self._bound_said = False
         self._saved: dict[str, None] = {}  # files that checkpoint callbacks wrote in this fit, in order
-        self._reservoir = Reservoir(max_samples, seed)
-        self._scaled: dict[int, Reliability] = {}
-
-    @property
-    def temperature(self) -> float | None:
-        """The present temperature; None before the first fit."""
-        return self._entry.get("temperature")
+        self._kept = self._new()
+        self._tested: dict[int, Reported] = {}
+        self._stored = StoredFits({}, {})
+        self._codes: Tensor | None = None
 
     def settings(self) -> Mapping[str, Any]:
-        return {"when": self.when, "apply": self.apply, "max_samples": self.max_samples, "seed": self.seed}
-
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._entry, self._weights_step = {}, None  # other weights come
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
-
-    def recall(self, trainer: Any) -> None:
-        if trainer.ckpt_path and not self._recalled:
-            self._entry, self._weights_step = {}, None
-        super().recall(trainer)
-
-    def restore(self, entry: Mapping[str, Any]) -> None:
-        section = entry.get(self.area, {})
-        if "temperature" in section:
-            if not self._fitting:  # a resumed fit fits it anew before anybody uses it
-                stored_temperature(entry, name=self.name)  # says if it belongs to other weights
-            own = ("temperature", "at_bound", "fit_step", "samples", "nll", "nll_scaled")
-            self._entry = {key: section[key] for key in own}
-            self._routes = routes_in(entry)
+        own = {"when": self.when, "apply": self.apply, "max_samples": self.max_samples, "seed": self.seed}
+        more = {"split": self.split, "methods": ", ".join(self.methods), "prediction_sets": self.alpha}
+        return {**own, **{name: value for name, value in more.items() if value}}
 
     # -- when ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._bound_said = False
-        self._fitting = stage == "fit"
-        if self._fitting:
+        if stage == "fit":
             self._saved = {}
 
     def attach(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.enable_validation or self.dataloader is not None:
+        if trainer.enable_validation and self.when == "validation" and self.dataloader is None and self.split is None:
+            monitored = [m for m in (getattr(c, "monitor", None) for c in trainer.checkpoint_callbacks) if m]
+            if monitored:
+                self.say(
+                    trainer,
+                    f"TemperatureScaling: the validation data choose the weights ({monitored[0]}), fit the temperature "
+                    "and report on both. What is published wants data of its own: dataloader= or split=, or the test.",
+                )
+        if trainer.enable_validation or (self.dataloader is not None and self.when == "after_fit"):
             return
         if self.when == "after_fit":
             raise ValueError("TemperatureScaling(when='after_fit') needs dataloader= where there is no validation.")
@@ -161,22 +181,8 @@ class TemperatureScaling(Monitor):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._saved.update(kept_files(trainer))  # before the next save hides the last one
 
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        self._apply(trainer, pl_module)
-
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        self._detach()
-
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        self._apply(trainer, pl_module)
-        if self.apply:
-            self._check_weights()
-
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        self._detach()
-
     def begin(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._reservoir, self._scaled = Reservoir(self.max_samples, self.seed), {}
+        self._forget()
         if stage == "test" and self.temperature is None:
             warnings.warn(
                 "TemperatureScaling has no temperature for these weights: fit with it, test with ckpt_path= of a "
@@ -185,23 +191,79 @@ class TemperatureScaling(Monitor):
             )
         if stage == "test":
             self._check_weights()
+            self._stored = StoredFits.load(self._entry, self.methods, self.alpha)
+
+    def _forget(self) -> None:
+        self._kept, self._tested = self._new(), {}
+
+    def _new(self) -> KeptRows:
+        return KeptRows(self.max_samples, self.seed, self.split, self._reads_its_own)
+
+    def rehearse(self, trainer: Any, step: Step, loader: int, stage: str) -> None:
+        if loader:
+            return
+        self.codes(self.groups, step.batch, len(self.listener.index), loader)
+        with step_context(trainer, stage), torch.no_grad():
+            if "platt" in self.methods:
+                with self.probe.reading(step, listening=True) as reading:
+                    check_head(self.methods, reading.read(reading.x).rows()[0])
+            if self._reads_its_own:
+                empty = True
+                for reading, _, _ in read_labelled(trainer, self.probe, step, self.dataloader, 1, "dataloader"):
+                    reading.read(reading.x).rows()
+                    empty = False
+                if empty:
+                    raise ValueError("dataloader= gave no batch to fit the temperature on; give labelled data.")
+
+    def before(self, trainer: Any, step: Step, batch_idx: int, loader: int, stage: str) -> None:
+        if not self._fits_in(trainer, stage):
+            self._codes = self.codes(self.groups, step.batch, len(self.listener.index), loader)
+            return
+        if loader:
+            return
+        self._codes = self.codes(self.groups, step.batch, len(self.listener.index), loader)
+        if self._codes is not None:
+            self._kept.add_groups(self.listener.index, self._codes)
+        if batch_idx == 0 and self._reads_its_own:
+            with step_context(trainer, stage), torch.no_grad():
+                self._kept.read_apart(trainer, self.probe, step, self.dataloader)
+
+    @property
+    def _reads_its_own(self) -> bool:
+        """Whether validation fits on other data than those of validation."""
+        return self.dataloader is not None and self.when == "validation"
+
+    def _fits_in(self, trainer: Any, stage: str) -> bool:
+        return stage == "val" and not (trainer.state.fn == "fit" and self.when == "after_fit")
 
     def hear(self, trainer: Any, pl_module: Any, heard: Heard, loader: int, stage: str) -> None:
         if stage == "test":
             if self.temperature is not None:
-                sums = self._scaled.get(loader, Reliability.zero(self.bins))
-                self._scaled[loader] = sums + self._at(self.temperature, *heard.rows[:2])
-        elif loader == 0 and not (trainer.state.fn == "fit" and self.when == "after_fit"):
-            self._reservoir.add(*heard.rows)
+                rows = Rows(*heard.rows)
+                reported = self._tested.setdefault(loader, self._report())
+                if self._codes is not None:
+                    rows = replace(rows, codes=codes_of_rows(heard, self._codes, rows.sample))
+                    reported.unknown |= self._unknown(heard)
+                self._stored.count(reported, rows)
+        elif loader == 0 and self._fits_in(trainer, stage):
+            check_head(self.methods, heard.rows[0])
+            self._kept.unknown |= self._codes is not None and self._unknown(heard)
+            self._kept.add(*heard.rows)
+
+    def _unknown(self, heard: Heard) -> bool:
+        """Whether groups cannot be reported, which is said."""
+        if not heard.by_sample:
+            self.warn_once(UNKNOWN)
+        return not heard.by_sample
 
     def finish(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "test":
-            self._report(trainer, pl_module)
-        elif not (trainer.state.fn == "fit" and self.when == "after_fit"):
-            values = self._fit(trainer, pl_module)
+            self._report_test(trainer, pl_module)
+        elif self._fits_in(trainer, stage):
+            values = self._fit(trainer, pl_module, draw=self.diagram)
             if values:
                 self.log_values(pl_module, values, self._entry["samples"])
-        self._reservoir, self._scaled = Reservoir(self.max_samples, self.seed), {}
+        self._forget()
 
     @torch.inference_mode(False)
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -210,90 +272,100 @@ class TemperatureScaling(Monitor):
             with self._surviving(trainer, "after_fit"):
                 self._after_fit(trainer, pl_module)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if trainer.state.fn == "fit":
-            self._weights_step = int(trainer.global_step)
-        super().on_exception(trainer, pl_module, exception)
-
     # -- fitting -------------------------------------------------------------------------------------------------
 
-    def _kept(self, trainer: Any, pl_module: Any) -> tuple[Tensor, ...]:
-        """Log-probabilities, labels and sample numbers of what was kept and has a finite loss."""
-        reduce = self._reduce(trainer, pl_module)
-        rows = self._reservoir.rows(reduce, trainer.global_rank, trainer.world_size)
-        log_p, labels, _ = rows
-        finite = log_p.gather(1, labels.long().clamp(0, log_p.shape[1] - 1)[:, None])[:, 0].isfinite()
-        lost, left = self._summed(trainer, pl_module, int((~finite).sum()), int(finite.sum()))
-        if lost:
-            no = "" if left else "; there is no finite one, and no temperature is fitted"
-            what = f"{lost} predictions that a temperature was to be fitted on are NaN or infinite{no}."
-            warnings.warn(what, stacklevel=2)
-        return rows if bool(finite.all()) else tuple(column[finite] for column in rows)
-
-    def _reduce(self, trainer: Any, pl_module: Any) -> Callable[[Tensor], Tensor] | None:
-        return None if trainer.world_size == 1 else lambda state: self.summed(trainer, pl_module, state)
+    def _everyone(self, trainer: Any, pl_module: Any) -> Everyone:
+        return Everyone(trainer, partial(self.summed, trainer, pl_module))
 
     def _summed(self, trainer: Any, pl_module: Any, *counts: int) -> list[int]:
-        return [int(n) for n in self.summed(trainer, pl_module, torch.tensor(counts, dtype=torch.float64))]
+        return self._everyone(trainer, pl_module).total(*counts)
 
-    def _fit(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+    def _report(self) -> Reported:
+        return Reported(self.bins, self.classwise, self.groups)
+
+    def _fit(self, trainer: Any, pl_module: Any, *, draw: bool) -> dict[str, float]:
         """Fit what was kept; what is to be logged of it, nothing where there was nothing to fit on."""
-        rows = self._kept(trainer, pl_module)
-        log_p, labels, _ = rows
-        if not self._summed(trainer, pl_module, len(labels))[0]:
+        everyone = self._everyone(trainer, pl_module)
+        fitted_on, others = self._kept.parted(everyone)
+        if not everyone.total(len(fitted_on))[0]:
+            if not self._kept.lost:  # that was said
+                self.warn_once(
+                    f"no temperature is fitted: of {self._source} there is no prediction with a label (no batch, or "
+                    "nothing but ignored labels). Give labelled data to fit on.",
+                    "nothing fitted",
+                )
             return {}
-        fit = fit_temperature(log_p, labels, reduce=self._reduce(trainer, pl_module))
-        crossed = self._cross_fitted(trainer, pl_module, rows)
+        recalibration = Recalibration(self.methods, self.alpha, self.seed, everyone)
+        fit = recalibration.fit(fitted_on)
+        fitted = Fitted(fit, recalibration, self._reported(recalibration, fitted_on, others))
+        if not fitted.reported.n:
+            self.warn_once(
+                f"the temperature is fitted on {fit.samples} predictions, and no others are left to report on; only "
+                f"{self.key('val', 'temperature')} is logged. Give more validation data"
+                f"{'' if self.split is None else ' or another split='}.",
+                "nothing reported",
+            )
         self._routes = list(self.probe.routes.values())
         self._weights_step = int(trainer.global_step)
-        self._entry = {
-            "temperature": fit.temperature,
-            "at_bound": fit.at_bound,
-            "fit_step": self._weights_step,
-            "samples": fit.samples,
-            "nll": fit.nll,
-            "nll_scaled": fit.nll_scaled if crossed is None else float(crossed.measures()["nll"]),
-        }
+        self._entry = fitted.entry(self._weights_step)
         if fit.at_bound and not self._bound_said:
             self._bound_said = True
+            kept = "1 is kept" if fit.temperature == 1 else f"{fit.temperature:g} is a bound, not a finding"
             self.say(
                 trainer,
                 f"TemperatureScaling: no best temperature exists for these {fit.samples} predictions (all right, or no "
-                f"better than chance); {fit.temperature:g} is a bound, not a finding.",
+                f"better than chance); {kept}.",
             )
-        named = {} if crossed is None else self._named(crossed, "val")
-        return {self.key("val", "temperature"): fit.temperature, **named}
+        if fitted.reported.n and draw and shows_images(trainer):
+            self._draw(trainer, fitted.reported, "val", fit.temperature, cross_fitted=others is None)
+        return {self.key("val", name): value for name, value in fitted.values().items()}
 
-    def _cross_fitted(self, trainer: Any, pl_module: Any, rows: tuple[Tensor, ...]) -> Reliability | None:
-        """Each half at the temperature of the other, over all processes; None where there are no two halves."""
-        log_p, labels, sample = rows
-        first = priorities(sample, self.seed + 1) < 0.5
-        if not min(self._summed(trainer, pl_module, int(first.sum()), int((~first).sum()))):
-            return None
-        sums = Reliability.zero(self.bins)
-        for half in (first, ~first):
-            other = fit_temperature(log_p[~half], labels[~half], reduce=self._reduce(trainer, pl_module))
-            sums = sums + self._at(other.temperature, log_p[half], labels[half])
-        return Reliability.load(self.summed(trainer, pl_module, sums.state()))
+    def _reported(self, recalibration: Recalibration, fitted_on: Rows, others: Rows | None) -> Reported:
+        reported = self._report()
+        reported.unknown = self._kept.unknown
+        return report(recalibration, fitted_on, others, reported)
 
-    def _at(self, temperature: float, log_p: Tensor, labels: Tensor) -> Reliability:
-        return Reliability.of((log_p.float() / temperature).log_softmax(1), labels, self.bins)
+    @property
+    def _source(self) -> str:
+        if self.dataloader is not None:
+            return "dataloader="
+        return "the validation data" if self.split is None else f"split={self.split:g} of the validation data"
 
-    def _named(self, sums: Reliability, stage: str) -> dict[str, float]:
-        measures = sums.measures()
-        scaled = {name.replace("ece", "ece_scaled"): v for name, v in measures.items() if name.startswith("ece")}
-        scaled |= {"nll_scaled": measures["nll"], "brier_scaled": measures["brier"]}
-        return {self.key(stage, name): value for name, value in scaled.items()}
-
-    def _report(self, trainer: Any, pl_module: Any) -> None:
+    def _report_test(self, trainer: Any, pl_module: Any) -> None:
         if self.temperature is None:
             return
+        everyone = self._everyone(trainer, pl_module)
         for loader, suffix in enumerate(suffixes(trainer)):
-            own = self._scaled.get(loader, Reliability.zero(self.bins))
-            sums = Reliability.load(self.summed(trainer, pl_module, own.state()))
-            if sums.n:
-                values = {**self._named(sums, "test"), self.key("test", "temperature"): self.temperature}
-                self.log_values(pl_module, {key + suffix: value for key, value in values.items()}, sums.n)
+            reported = self._tested.get(loader) or self._report()
+            reported.everyones(everyone, list(self._stored.recalibrators), list(self._stored.sets))
+            lost = reported.by_method[UNSCALED].invalid
+            if lost:
+                warnings.warn(
+                    f"{lost} predictions of the test data{suffix} are NaN or infinite; they are left out of "
+                    f"{self.key('test', 'nll_scaled')}.",
+                    stacklevel=2,
+                )
+            if reported.n:
+                values = {**reported.values(), "temperature": self.temperature}
+                keyed = {self.key("test", name) + suffix: value for name, value in values.items()}
+                self.log_values(pl_module, keyed, reported.n)
+                if self.diagram and shows_images(trainer):
+                    self._draw(trainer, reported, "test", self.temperature, suffix)
+
+    def _draw(
+        self,
+        trainer: Any,
+        reported: Reported,
+        stage: str,
+        temperature: float,
+        suffix: str = "",
+        *,
+        cross_fitted: bool = False,
+    ) -> None:
+        when = f", epoch {trainer.current_epoch + 1}" if trainer.state.fn == "fit" else ""
+        scaled = f"at T {temperature:.3g}{' (cross-fitted)' if cross_fitted else ''}"
+        picture = reported.picture(f"{stage}{suffix}{when}", scaled)
+        show_image(trainer, self.key(stage, "reliability_scaled") + suffix, picture)
 
     # -- after the fit -------------------------------------------------------------------------------------------
 
@@ -302,47 +374,22 @@ class TemperatureScaling(Monitor):
         self._saved.update(kept_files(trainer))
         files = [str(path) for path in (self._saved if self.checkpoints is None else self.checkpoints)]
         summed = partial(self._summed, trainer, pl_module)
-        rewritten = 0
-        with closing(weights_of(pl_module, files, summed, expected=self.checkpoints is not None)) as loaded:
-            for file, step in loaded:
-                if self._fit_on(trainer, pl_module, loader) and trainer.is_global_zero:
-                    routes = {name: route.to_dict() for name, route in self.probe.routes.items()}
-                    try:
-                        rewrite(file, {"route": routes, self.area: {**self._entry, "fit_step": step}}, __version__)
-                        rewritten += 1
-                    except OSError as error:
-                        warnings.warn(f"{file} could not be rewritten and is left as it is ({error}).", stacklevel=2)
-                trainer.strategy.barrier()
+
+        def fit(step: int) -> Mapping[str, Any] | None:
+            if not self._fit_on(trainer, pl_module, loader, draw=False):
+                return None
+            routes = {name: route.to_dict() for name, route in self.probe.routes.items()}
+            return {"route": routes, self.area: {**self._entry, "fit_step": step}}
+
+        rewritten = rewrite_files(trainer, pl_module, files, summed, fit, expected=self.checkpoints is not None)
         self._entry = {}  # that of the last file
-        if self._fit_on(trainer, pl_module, loader):
+        if self._fit_on(trainer, pl_module, loader, draw=self.diagram):
             written = f"; {rewritten} checkpoints got theirs, each for its own weights" if rewritten else ""
             self.say(trainer, f"TemperatureScaling: T = {self.temperature:.4g} for the last weights{written}.")
 
-    def _fit_on(self, trainer: Any, pl_module: Any, loader: Any) -> bool:
-        self._reservoir = Reservoir(self.max_samples, self.seed)
-        read_loader(trainer, pl_module, self.probe, loader, self._reservoir.add)
-        return bool(self._fit(trainer, pl_module))
-
-    # -- using it ------------------------------------------------------------------------------------------------
-
-    def _check_weights(self) -> None:
-        if self.temperature is not None and self._weights_step not in (None, self._entry["fit_step"]):
-            warnings.warn(
-                f"the temperature was fitted at step {self._entry['fit_step']}, the weights are from step "
-                f"{self._weights_step}: it belongs to other weights. Run Trainer.validate first, or pass ckpt_path= of "
-                "a checkpoint that stores its own.",
-                stacklevel=2,
-            )
-
-    def _apply(self, trainer: Any, pl_module: Any) -> None:
-        if not self.apply:
-            return
-        self.recall(trainer)
-        route = preferred(self._routes)
-        if self.temperature is None or route is None:
-            raise ProbeError(
-                "TemperatureScaling(apply=True) has no temperature, or knows no submodule whose output is the logits. "
-                "Fit or validate first, or pass ckpt_path= of a checkpoint that stores both; where no submodule's "
-                "output is the logits, use load_temperature(path) and divide them yourself."
-            )
-        self.on_detach(scale_output(pl_module, route, lambda: self.temperature))
+    def _fit_on(self, trainer: Any, pl_module: Any, loader: Any, *, draw: bool) -> bool:
+        self._forget()
+        read_loader(trainer, pl_module, self.probe, loader, self._kept.add)
+        found = self._fit(trainer, pl_module, draw=draw)
+        self._forget()
+        return bool(found)

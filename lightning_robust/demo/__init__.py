@@ -5,6 +5,8 @@ from lightning_robust.demo.decoy import DecoyDigits
 from lightning_robust.demo.digits import Digits
 from lightning_robust.demo.nets import MLP, Classifier, PlainCNN, SmallCNN
 from lightning_robust.demo.ood import Letters, Patches
+from lightning_robust.demo.training_digits import TrainingDigits
+from lightning_robust.demo.uci import UCIDigits
 
 __all__ = [
     "CIFAR10",
@@ -18,4 +20,6 @@ __all__ = [
     "PreActClassifier",
     "PreActResNet18",
     "SmallCNN",
+    "TrainingDigits",
+    "UCIDigits",
 ]

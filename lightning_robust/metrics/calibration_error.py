@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from lightning_robust.calibration.reliability import Reliability
-from lightning_robust.losses import LossCall
+from lightning_robust.calibration.functional import Mode, check_mode, reliability_of
+from lightning_robust.calibration.reliability import Norm, Reliability
+from lightning_robust.metrics.doubles import SummedDoubles
 
 __all__ = ["CalibrationError"]
 
 
-class CalibrationError(Metric):
-    """Expected calibration error of the likeliest class, in [0, 1].
+class CalibrationError(SummedDoubles):
+    """Calibration error of the likeliest class, or of the probability of yes, in [0, 1].
 
-    The state is one tensor of ``3 bins + 3`` doubles, whatever the number of samples; two processes equal one. It stays
-    double when the module around it is cast to half precision, because sums in less lose predictions.
+    The state is one tensor of ``3 bins + 4`` doubles, whatever the number of samples; two processes equal one.
 
     Arguments are always logits. They are never guessed to be probabilities, wherever their values lie.
 
     Args:
         bins: Bins of equal width; see :class:`~lightning_robust.calibration.Reliability`.
+        norm: ``l1``, ``rms``, ``max`` or ``debiased`` (of squares, and below 0 at times).
+        mode: ``top_label``, ``positive`` or ``per_label``; norms and modes are those of
+            :func:`~lightning_robust.calibration.calibration_error`.
         **kwargs: torchmetrics' own, e.g. ``sync_on_compute``.
 
+    Raises:
+        ValueError: If there is no such norm or mode, or not at least one bin.
+
     Example:
+        >>> import torch
         >>> metric = CalibrationError(bins=15)
         >>> metric.update(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))  # 88 % sure, one of two right
         >>> metric.compute()
         tensor(0.3808)
     """
 
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-    total: Tensor
-
-    def __init__(self, bins: int = 15, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.bins = bins
-        self.add_state("total", Reliability.zero(bins).state(), dist_reduce_fx="sum")
+    def __init__(self, bins: int = 15, norm: Norm = "l1", mode: Mode = "top_label", **kwargs: Any) -> None:
+        nothing = Reliability.zero(bins)
+        nothing.error(norm)
+        check_mode(mode)
+        super().__init__(nothing.state(), f"by_{mode}", **kwargs)
+        self.bins, self.norm, self.mode = bins, norm, mode
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Count a batch.
@@ -54,22 +53,15 @@ class CalibrationError(Metric):
             targets: Classes ``(N, ...)``, rows of -100 left out; for yes/no outputs 0 or 1, floats if ``(N, K)``.
 
         Raises:
-            ValueError: If the shapes fit no kind of head, or a target names no class.
+            ValueError: If the shapes fit no kind of head, the head does not fit the mode, or a target names no class.
         """
-        log_probabilities, labels, _ = LossCall.for_head(logits, targets).rows()
-        self.total = self.total + Reliability.of(log_probabilities, labels, self.bins).state().to(self.total.device)
+        self.add(reliability_of(logits, targets, self.bins, self.mode).state())
 
     def compute(self) -> Tensor:
         """The error, a scalar; NaN if nothing was counted."""
-        return torch.tensor(self.reliability.ece, dtype=torch.float32, device=self.device)
+        return self.value(self.reliability.error(self.norm))
 
     @property
     def reliability(self) -> Reliability:
         """What was counted: error, interval, floor, NLL, Brier score; within ``sync_context()`` of all processes."""
         return Reliability.load(self.total)
-
-    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> Any:
-        # torchmetrics' own hook. `.to(float16)` and `set_dtype` would round the sums, and MPS has no doubles.
-        result = super()._apply(fn, exclude_state=("total",))
-        self.total = self.total.to(torch.device("cpu") if self.device.type == "mps" else self.device)
-        return result

@@ -26,6 +26,7 @@ class Reservoir:
         capacity: Predictions kept, over all processes; fewer where ``capacity * K`` is above 50 million numbers
             (200 MB), namely 50 million / K.
         seed: Of the priorities.
+        largest: Another limit than those 50 million numbers.
 
     Raises:
         ValueError: If ``capacity`` is below 1.
@@ -37,10 +38,11 @@ class Reservoir:
         2
     """
 
-    def __init__(self, capacity: int, seed: int = 0) -> None:
+    def __init__(self, capacity: int, seed: int = 0, largest: int | None = None) -> None:
         if capacity < 1:
             raise ValueError(f"a reservoir keeps at least one prediction, got capacity {capacity}.")
         self.capacity, self.seed = capacity, seed
+        self.largest = LARGEST if largest is None else largest
         self.offered = 0
         self._classes = 0
         self._largest = 1.0  # priority that is still kept; all are below 1
@@ -105,7 +107,7 @@ class Reservoir:
 
     def _limit(self, classes: int) -> None:
         self._classes = max(self._classes, classes)
-        self.capacity = max(1, min(self.capacity, LARGEST // max(1, self._classes)))
+        self.capacity = max(1, min(self.capacity, self.largest // max(1, self._classes)))
 
     def _priorities(self) -> Tensor:
         return torch.cat([torch.zeros(0, dtype=torch.float64), *(part[3] for part in self._parts)])

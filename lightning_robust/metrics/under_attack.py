@@ -52,7 +52,7 @@ class UnderAttack:
             call: What the model said.
             keep: Which samples count, ``(N,)``.
         """
-        if not self.counts_anything:
+        if not self.counts_anything or not bool(keep.any()):  # some metrics fail on nothing
             return
         self._counts[condition] += int(keep.sum())
         for metric in self._metrics[condition].values():
@@ -69,8 +69,13 @@ class UnderAttack:
         rows = [torch.cat([c.new_tensor([self._counts[n]]), c]) for n, c in self._reliability.items()]
         return torch.stack(rows)
 
-    def compute(self, state: Tensor) -> dict[str, float]:
-        """All values, by metric and condition; those of conditions without a sample are left out."""
+    def compute(self, state: Tensor, device: torch.device | None = None) -> dict[str, float]:
+        """All values, by metric and condition; those of conditions without a sample are left out.
+
+        Args:
+            state: Summed over processes.
+            device: Where processes talk to each other: torchmetrics of one that had no sample are still on the CPU.
+        """
         values: dict[str, float] = {}
         for condition, total in zip(self.conditions, state, strict=True):
             if not total[0]:  # on no process
@@ -80,7 +85,8 @@ class UnderAttack:
                 values[f"confidence_{condition}"] = reliability.mean_confidence
                 values[f"ece_{condition}"] = reliability.ece
             for name, metric in self._metrics[condition].items():
-                values[f"{name}_{condition}"] = _one_number(name, metric.compute())
+                moved = metric if device is None else metric.to(device)
+                values[f"{name}_{condition}"] = _one_number(name, moved.compute())
         return values
 
     def check(self) -> None:

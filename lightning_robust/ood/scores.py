@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["SCORES", "energy", "entropy", "max_logit", "msp", "scores_named", "two_class"]
+__all__ = ["SCORES", "energy", "entropy", "gen", "margin", "max_logit", "msp", "scores_named", "two_class"]
+
+GEN_EXPONENT, GEN_CLASSES = 0.1, 100  # gamma and M of the paper
 
 
 def energy(logits: Tensor) -> Tensor:
@@ -77,11 +79,7 @@ def msp(logits: Tensor) -> Tensor:
         Hendrycks and Gimpel, `A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural
         Networks <https://arxiv.org/abs/1610.02136>`_, 2017.
     """
-    z = _checked(logits)
-    top, winner = z.max(1, keepdim=True)
-    others = (z - top).scatter(1, winner, -torch.inf).logsumexp(1)
-    # lse(others) - lse(all), without the difference of two numbers that are nearly the same.
-    return F.logsigmoid(others)
+    return _log_doubt(_checked(logits))
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -105,11 +103,64 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(1)
 
 
+def gen(logits: Tensor) -> Tensor:
+    r"""The generalised entropy, ``(N,)``: :math:`\sum_{m=1}^M p_m^\gamma (1 - p_m)^\gamma` over the likeliest classes.
+
+    :math:`\gamma = 0.1` and M = 100, or all classes where there are fewer. So small an exponent hears the smallest
+    probabilities: the score tells predictions apart that are all sure, by what is left for the other classes. It is
+    computed from logarithms, so that it goes on ranking where the largest probability in float32 is 1.
+
+    Args:
+        logits: ``(N, K)`` with K at least 2.
+
+    Raises:
+        ValueError: If the logits have another shape.
+
+    Example:
+        >>> gen(torch.tensor([[0.0, 0.0], [9.0, 0.0], [40.0, 0.0]]))
+        tensor([1.7411, 0.8131, 0.0366])
+
+    References:
+        Liu et al., `GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection
+        <https://openaccess.thecvf.com/content/CVPR2023/html/Liu_GEN_Pushing_the_Limits_of_Softmax-Based_Out-of-Distribution_Detection_CVPR_2023_paper.html>`_,
+        2023 (negated there).
+    """
+    z = _checked(logits)
+    log_p = z.log_softmax(1).topk(min(z.shape[1], GEN_CLASSES), dim=1).values
+    # Only the likeliest class can come near to 1; every other one has at most 1/2.
+    log_rest = torch.cat([_log_doubt(z)[:, None], torch.log1p(-log_p[:, 1:].exp())], dim=1)
+    return (GEN_EXPONENT * (log_p + log_rest)).exp().sum(1)
+
+
+def margin(logits: Tensor) -> Tensor:
+    r"""How far the largest logit is ahead of the second, negated, ``(N,)``, at most 0: :math:`z_{(2)} - z_{(1)}`.
+
+    The log of the ratio of the two largest probabilities; of two classes it ranks as :func:`msp` does.
+
+    Args:
+        logits: ``(N, K)`` with K at least 2.
+
+    Raises:
+        ValueError: If the logits have another shape.
+
+    Example:
+        >>> margin(torch.tensor([[9.0, 0.0, 4.0], [3.0, 3.0, 3.0]]))
+        tensor([-5., 0.])
+
+    References:
+        Scheffer et al., Active Hidden Markov Models for Information Extraction, 2001 (the margin, of probabilities).
+    """
+    top = _checked(logits).topk(2, dim=1).values
+    return top[:, 1] - top[:, 0]
+
+
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "energy": energy,
     "max_logit": max_logit,
     "msp": msp,
     "entropy": entropy,
+    "gen": gen,
+    "margin": margin,
 }
 """The scores by name."""
 
@@ -152,6 +203,14 @@ def two_class(z: Tensor) -> Tensor:
         raise ValueError(f"expected the logits (N,) or (N, 1) of a yes/no head, got {tuple(z.shape)}.")
     half = _upcast(z.reshape(-1)) / 2
     return torch.stack([-half, half], dim=1)
+
+
+def _log_doubt(z: Tensor) -> Tensor:
+    """The log of what the likeliest class leaves to the others, ``(N,)``."""
+    top, winner = z.max(1, keepdim=True)
+    others = (z - top).scatter(1, winner, -torch.inf).logsumexp(1)
+    # lse(others) - lse(all), without the difference of two numbers that are nearly the same.
+    return F.logsigmoid(others)
 
 
 def _upcast(z: Tensor) -> Tensor:

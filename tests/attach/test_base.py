@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_robust import PGD, AdversarialTraining, RobustAccuracy, ThreatModel
+from lightning_robust.attach.base import shows_images
 
 THREAT = ThreatModel("linf", 0.1)
 HOOKS = [
@@ -169,3 +170,10 @@ def test_what_was_found_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
         "BatchNorm sees 1",
     ):
         assert words in line
+
+
+@pytest.mark.parametrize(("logger", "takes"), [("tensorboard", True), ("csv", False), ("none", False)])
+def test_pictures_are_drawn_where_a_logger_takes_them(logger: str, takes: bool, tmp_path: Any) -> None:
+    kinds = {"tensorboard": pl.loggers.TensorBoardLogger, "csv": pl.loggers.CSVLogger}
+    trainer = pl.Trainer(logger=kinds[logger](tmp_path) if logger in kinds else False, accelerator="cpu")
+    assert shows_images(trainer) is takes

@@ -40,6 +40,35 @@ def test_sections_of_several_callbacks_are_merged() -> None:
     }
 
 
+def test_what_comes_from_numpy_is_written_in_plain_types(tmp_path: Path) -> None:
+    checkpoint: dict[str, Any] = {}
+    measured = {
+        np.str_("ece"): np.float64(0.5), 3: np.int64(2), "sure": np.bool_(True), "names": [np.str_("a"), ("b", None)],
+        np.int64(7): np.arange(3), "words": np.array(["x"]), "mean": torch.ones(2),
+    }  # fmt: skip
+    write_entry(checkpoint, {"calibration": measured, "step": np.int64(4)}, "1.2")
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    found = read_entry(tmp_path / "x.ckpt")
+    section = found["calibration"]
+    assert torch.equal(section.pop("7"), torch.arange(3))
+    assert torch.equal(section.pop("mean"), torch.ones(2))
+    assert section == {"ece": 0.5, 3: 2, "sure": True, "names": ["a", ("b", None)], "words": ["x"]}
+    assert [type(value) for value in section.values()] == [float, int, bool, list, list]
+    assert found["step"] == 4
+
+
+def test_what_plain_torch_would_not_open_is_left_out_and_named(tmp_path: Path) -> None:
+    checkpoint: dict[str, Any] = {}
+    with pytest.warns(UserWarning, match=r"\['calibration'\]\['at'\]\[1\] is a pathlib.PosixPath.*left out"):
+        write_entry(checkpoint, {"calibration": {"ece": 0.5, "at": [1, tmp_path]}}, "1.2")
+    with pytest.warns(UserWarning, match=r"\['odd'\] is a builtins.type"):
+        write_entry(checkpoint, {"odd": Path}, "1.2")
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    found = read_entry(tmp_path / "x.ckpt")
+    assert found["calibration"] == {"ece": 0.5, "at": [1]}
+    assert "odd" not in found
+
+
 def test_checkpoints_without_an_entry_or_of_a_later_format_are_refused() -> None:
     with pytest.raises(KeyError, match="no 'lightning_robust' entry"):
         read_entry({"state_dict": {}})

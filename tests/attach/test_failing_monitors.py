@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_robust import (
     PGD,
     CalibrationMonitor,
+    CorruptionMonitor,
     OODMonitor,
     RobustAccuracy,
     SaliencySnapshots,
@@ -32,9 +33,10 @@ def data(n: int = 32) -> DataLoader[Any]:
 
 
 MONITORS: dict[str, tuple[type[Any], tuple[Any, ...], str, str]] = {
-    "RobustAccuracy": (RobustAccuracy, (PGD(THREAT, steps=1),), "robust/val/accuracy", "_codes"),
+    "RobustAccuracy": (RobustAccuracy, (PGD(THREAT, steps=1),), "robust/val/accuracy", "codes"),
     "CalibrationMonitor": (CalibrationMonitor, (), "calibration/val/ece", "hear"),
     "OODMonitor": (OODMonitor, (), "ood/val/synthetic_noise/energy_auroc", "_score_synthetic"),
+    "CorruptionMonitor": (CorruptionMonitor, (), "shift/val/sampled_accuracy", "_read_corrupted"),
     "SaliencySnapshots": (SaliencySnapshots, (["gradient"],), "saliency/val/flips", "_snapshot"),
     "TemperatureScaling": (TemperatureScaling, (), "calibration/val/temperature", "_fit"),
 }

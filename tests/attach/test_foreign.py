@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_robust.attach.foreign import foreign_input, foreign_loader
+from lightning_robust.attach.foreign import foreign_input, foreign_loader, make_of, same_make
 
 LIKE = torch.zeros(4, 1, 3, 3)
 
@@ -44,3 +44,12 @@ def test_the_one_tensor_that_looks_like_an_input_is_the_input() -> None:
 def test_none_or_several_are_an_error_that_names_the_set(batch: object) -> None:
     with pytest.raises(ValueError, match=r"^set 'a': expected inputs like those .*\(N, 1, 3, 3\)"):
         foreign_input(batch, None, LIKE, "set 'a'")
+
+
+def test_batches_are_of_one_make_where_their_tensors_are_at_the_same_places() -> None:
+    one = {"image": LIKE, "meta": [torch.zeros(4), "a name"], "names": ["a", "b"]}
+    assert make_of(one) == {("image",), ("meta", 0)}
+    assert same_make(one, {"names": ["c"], "image": torch.zeros(9, 3), "meta": [torch.zeros(9), None]})
+    assert same_make([LIKE, LIKE], (LIKE, LIKE))  # collating makes lists of tuples
+    for other in ({"image": LIKE}, [LIKE, LIKE], LIKE):
+        assert not same_make(one, other)

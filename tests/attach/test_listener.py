@@ -19,6 +19,7 @@ from lightning_robust.attach.listener import Heard
 from lightning_robust.attach.monitor import Monitor
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.watcher import ProbeError
+from lightning_robust.losses import LossCall
 
 N = 40
 
@@ -40,6 +41,16 @@ class Hearing(Monitor):
     def of(self, loader: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         rows = [row[1:] for row in self.rows if row[0] == loader]
         return tuple(torch.cat(column) for column in zip(*rows, strict=True))  # type: ignore[return-value]  # three
+
+
+@pytest.mark.parametrize(
+    ("samples", "rows", "known"),
+    [(4, 4, True), (4, 12, True), (4, 3, False), (4, 6, False), (4, 0, False), (0, 0, True)],
+)
+def test_rows_are_of_known_samples_where_each_has_equally_many(samples: int, rows: int, known: bool) -> None:
+    call = LossCall("cross_entropy", torch.zeros(rows, 3), torch.zeros(rows, dtype=torch.long))
+    heard = Heard(call, torch.zeros(samples, 2), torch.arange(samples), torch.ones(samples, dtype=torch.bool))
+    assert heard.by_sample is known
 
 
 class Recording(zoo.ListBatch):

@@ -10,13 +10,14 @@ import pytorch_lightning as pl
 import torch
 import zoo
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, SubsetRandomSampler, TensorDataset
 
 from lightning_robust.attach.loaders import (
     evaluation_loaders,
     is_everyones,
     named,
     own_batches,
+    shuffles,
     size_of,
     transferred,
     true_length,
@@ -193,3 +194,10 @@ def test_only_torchs_own_samplers_give_everybody_everything() -> None:
     assert not is_everyones(DataLoader(dataset, 2, sampler=Dealing(dataset)))
     assert not is_everyones(DataLoader(dataset, 2, sampler=DistributedSampler(dataset, 2, 0)))
     assert not is_everyones([torch.zeros(2)])
+
+
+def test_who_shuffles_is_known_of_the_samplers_of_torch_and_of_nobody_else() -> None:
+    assert shuffles(DataLoader(DATA, shuffle=True))
+    assert shuffles(DataLoader(DATA, sampler=SubsetRandomSampler([3, 5])))
+    assert not shuffles(DataLoader(DATA, sampler=SequentialSampler(DATA)))
+    assert not shuffles([torch.zeros(3)])

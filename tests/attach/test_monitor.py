@@ -212,7 +212,7 @@ def test_the_same_monitors_serve_other_modules_and_batches_in_turn() -> None:
         together = zoo.trainer(callbacks=callbacks)
         together.validate(module, zoo.loader(shape), verbose=False)
         keys = [key for key in alone.callback_metrics if key.startswith("calibration")]
-        assert len(keys) == 6
+        assert len(keys) == 14
         assert all(alone.callback_metrics[key] == together.callback_metrics[key] for key in keys)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning_robust import TemperatureScaling, calibrated, load_temperature
 from lightning_robust.attach.route import Route
 from lightning_robust.attach.scaling import preferred, route_of, scale_output, stored_temperature
 from lightning_robust.attach.watcher import ProbeError
+from lightning_robust.calibration import load_recalibrator
 
 BOUND = np.log(64)
 
@@ -116,8 +118,8 @@ class Transposed(Classes):
 HEADS = [Classes, LogProbabilities, OneLogit, Probability, MultiLabel]
 
 
-def saved(shape: type[Any], folder: Path, **settings: Any) -> Path:
-    trainer = zoo.trainer(max_epochs=8, callbacks=[TemperatureScaling()], **settings)
+def saved(shape: type[Any], folder: Path, methods: Sequence[str] = ()) -> Path:
+    trainer = zoo.trainer(max_epochs=8, callbacks=[TemperatureScaling(methods=methods)])
     trainer.fit(zoo.built(shape), zoo.loader(shape, (96, 64)), zoo.loader(shape, (100, 44)))
     trainer.save_checkpoint(folder / "x.ckpt")
     return folder / "x.ckpt"
@@ -293,6 +295,76 @@ def test_arguments_reach_the_class_and_lightning(tmp_path: Path) -> None:
         assert torch.equal(module(x), raw(x) / load_temperature(loaded, strict=True))
 
 
+# -- other recalibrators ---------------------------------------------------------------------------------------------
+
+METHODS = [(shape, method) for shape in HEADS for method in ("vector", "isotonic", "platt")]
+
+
+def log_p_of(shape: type[Any], z: Tensor) -> Tensor:
+    """Log-probabilities ``(R, 2)`` of the network's own logits, one row a label."""
+    two = shape in (Classes, LogProbabilities)
+    return z.log_softmax(1) if two else torch.stack([F.logsigmoid(-z.flatten()), F.logsigmoid(z.flatten())], 1)
+
+
+@pytest.mark.parametrize(("shape", "method"), METHODS)
+def test_every_recalibrator_takes_the_place_of_the_logits_of_every_head(
+    shape: type[Any], method: str, tmp_path: Path
+) -> None:
+    path = saved(shape, tmp_path, methods=["vector", "isotonic", "platt"])
+    x = validation(shape)[0]
+    stored = torch.load(path, weights_only=True)["lightning_robust"]["calibration"]["recalibrators"][method]
+    module = calibrated(shape, path, method=method)
+    with torch.no_grad():
+        log_p = load_recalibrator(stored)(log_p_of(shape, plain(shape, path).net(x)))
+        found = module(x)
+    odds = (log_p[:, 1] - log_p[:, 0]).view(len(x), -1)
+    expected = log_p if shape in (Classes, LogProbabilities) else odds.sigmoid() if shape is Probability else odds
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.save(module, tmp_path / "whole.pt")
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "whole.pt", weights_only=False)(x), found)
+        assert torch.equal(copy.deepcopy(module)(x), found)
+    assert torch.equal(torch.cat(zoo.trainer().predict(module, DataLoader(x, 144))), found)
+
+
+def test_a_recalibrated_module_can_be_trained_on(tmp_path: Path) -> None:
+    path = saved(Classes, tmp_path, methods=["vector"])
+    x, y = Classes.batch(16)
+    module, other = calibrated(Classes, path, method="vector"), plain(Classes, path)
+    stored = torch.load(path, weights_only=True)["lightning_robust"]["calibration"]["recalibrators"]["vector"]
+    scale, bias = torch.tensor(stored["scale"]), torch.tensor(stored["bias"])
+    F.cross_entropy(module(x), y).backward()
+    F.cross_entropy(other.net(x).log_softmax(1) * scale + bias, y).backward()
+    for a, b in zip(module.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_recalibrator_that_is_not_there_is_an_error_that_names_those_that_are(tmp_path: Path) -> None:
+    path = saved(Classes, tmp_path, methods=["vector"])
+    with pytest.raises(KeyError, match=r"no recalibrator 'platt', only temperature, vector; .*methods=\['platt'\]"):
+        calibrated(Classes, path, method="platt")
+    with pytest.raises(KeyError, match="no recalibrator 'matrix', only temperature, vector"):
+        calibrated(Classes, path, method="matrix")
+    with pytest.raises(ValueError, match=r"logits_fn= says nothing about what its logits are.*method='vector'"):
+        calibrated(Classes, path, method="vector", logits_fn=lambda module, x: module(x))
+
+
+@pytest.mark.parametrize("shape", HEADS)
+def test_predictions_of_every_head_are_the_same_at_every_temperature(shape: type[Any], tmp_path: Path) -> None:
+    path = saved(shape, tmp_path)
+    x, entry = validation(shape)[0], torch.load(path, weights_only=True)
+    with torch.no_grad():
+        raw = plain(shape, path).net(x)
+        for temperature in (1 / 64, 0.3, 7.0, 64.0):
+            entry["lightning_robust"]["calibration"]["temperature"] = temperature
+            torch.save(entry, path)
+            found = calibrated(shape, path)(x)
+            if shape in (Classes, LogProbabilities):
+                assert torch.equal(found.argmax(1), raw.argmax(1))
+            else:
+                assert torch.equal(found > (0.5 if shape is Probability else 0), raw > 0)
+
+
 # -- what is stored --------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +375,14 @@ def test_a_stale_temperature_is_said_to_be_one() -> None:
     with pytest.raises(ValueError, match="belongs to other weights"):
         stored_temperature(entry, strict=True)
     assert stored_temperature({**entry, "global_step": 20}, strict=True) == 2.5
+
+
+def test_a_lower_bound_in_an_older_file_scales_nothing_and_is_said_to_be_none() -> None:
+    section = {"temperature": 1 / 64, "at_bound": True, "fit_step": 20, "samples": 300}
+    with pytest.warns(UserWarning, match="1 is no finding, and nothing is scaled: for the 300 predictions"):
+        assert stored_temperature({"global_step": 20, "calibration": section}) == 1.0
+    with pytest.warns(UserWarning, match="64 is a bound, not a finding: for the 300 predictions"):
+        assert stored_temperature({"global_step": 20, "calibration": {**section, "temperature": 64.0}}) == 64.0
 
 
 def test_no_temperature_is_an_error_that_says_how_to_get_one() -> None:

@@ -19,23 +19,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_robust import (
     PGD,
     AdversarialTraining,
-    CalibrationMonitor,
     InputGradientPenalty,
-    OODMonitor,
     RobustAccuracy,
     SaliencyRegularization,
-    SaliencySnapshots,
-    TemperatureScaling,
     ThreatModel,
 )
-from lightning_robust.attach.monitor import Monitor
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.seam import install
 from lightning_robust.attach.step import Step
-from lightning_robust.metrics import CalibrationError
 from lightning_robust.modes import frozen
 from lightning_robust.randomness import RandomState, seeded
 from tests.benchmarks import subjects
+from tests.benchmarks.accumulators import ece, separation, temperature
+from tests.benchmarks.evaluations import corruptions, in_distribution, monitors
 from tests.benchmarks.memory import METHODS
 from tests.benchmarks.penalties import gradient_penalties
 from tests.benchmarks.saliency import saliency
@@ -342,62 +338,6 @@ def penalties() -> list[Row]:
     return rows
 
 
-def monitors() -> list[Row]:
-    """A validation epoch (2,000 digits; 64,000 rows of a table) with monitors over the same epoch without any."""
-    rows: list[Row] = []
-    for subject in (Subject("cnn", 250, batches=8, size=28, channels=1), Subject("mlp", 64, batches=1000)):
-        progress(f"monitors: {subject.name}")
-        module = Plain(subject.net())
-        # The Trainers have seen a validation before: what happens once a run is not in it.
-        contenders = {
-            what: partial(trainer(*callbacks).validate, module, subject.loader, verbose=False)
-            for what, callbacks in _monitors(subject).items()
-        }
-        rows += compared("monitors", subject.name, interleaved(contenders, 9, warmup=1), "none")
-    return rows
-
-
-def _monitors(subject: Subject) -> dict[str, list[Any]]:
-    def foreign() -> OODMonitor:
-        # Synthetic sets are made of pictures; a table is given one.
-        return OODMonitor() if subject.x.ndim == 4 else OODMonitor({"shifted": TensorDataset(subject.x[:1000] + 1)})
-
-    methods = ["gradient", "integrated_gradients", "gradcam"][: 3 if subject.x.ndim == 4 else 2]
-    return {
-        "none": [],
-        "listening alone": [Monitor("listening", None, Probe(), ["val"])],
-        "calibration": [CalibrationMonitor()],
-        "calibration, temperature": [CalibrationMonitor(), TemperatureScaling()],
-        f"{'3 synthetic OOD sets' if subject.x.ndim == 4 else 'an OOD set'} of 1,000": [foreign()],
-        f"saliency, 8 probes, {len(methods)} methods": [SaliencySnapshots(methods)],
-        "all of these": [CalibrationMonitor(), TemperatureScaling(), foreign(), SaliencySnapshots(methods)],
-    }
-
-
-def ece() -> list[Row]:
-    """Updates with 100 batches of 1,000 x 100 logits (ours: ECE, NLL and Brier score) over torchmetrics' ECE alone."""
-    from torchmetrics.classification import MulticlassCalibrationError
-
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(1000, 100, generator=generator)
-    labels = torch.randint(100, (1000,), generator=generator)
-
-    def hundred(metric: Any) -> None:
-        metric.reset()
-        for _ in range(100):
-            metric.update(logits, labels)
-        metric.compute()
-
-    theirs = MulticlassCalibrationError(100, n_bins=15)
-    trusting = MulticlassCalibrationError(100, n_bins=15, validate_args=False)
-    contenders = {
-        "torchmetrics": lambda: hundred(theirs),
-        "torchmetrics, validate_args=False": lambda: hundred(trusting),
-        "CalibrationError": lambda: hundred(CalibrationError()),
-    }
-    return compared("ece", "100 x (1000, 100)", interleaved(contenders, 9, warmup=1), "torchmetrics")
-
-
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "crafting": crafting,
     "epoch": epoch,
@@ -410,6 +350,10 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "penalties": penalties,
     "gradient_penalties": gradient_penalties,
     "monitors": monitors,
+    "in_distribution": in_distribution,
+    "corruptions": corruptions,
     "ece": ece,
+    "temperature": temperature,
+    "separation": separation,
     "saliency": saliency,
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_robust.demo.cifar import PreActResNet18
 from lightning_robust.demo.nets import SmallCNN
 from lightning_robust.randomness import seeded
 
@@ -59,23 +60,28 @@ class Subject:
     """A net and batches for it.
 
     Args:
-        kind: ``"cnn"`` or ``"mlp"`` (64-32-10).
+        kind: ``"cnn"``, ``"resnet"`` (ResNet-18 for pictures of 3x32x32) or ``"mlp"`` (64-32-10).
         batch: Samples a batch.
         batches: Number of batches.
         size: Height and width of the CNN's inputs.
         channels: Of the CNN's inputs.
+        width: Of the ResNet; 64 as published.
     """
 
-    def __init__(self, kind: str, batch: int, batches: int = 1, size: int = 32, channels: int = 3) -> None:
+    def __init__(
+        self, kind: str, batch: int, batches: int = 1, size: int = 32, channels: int = 3, width: int = 64
+    ) -> None:
         torch.manual_seed(0)
-        shape = (channels, size, size) if kind == "cnn" else (64,)
+        shape = (64,) if kind == "mlp" else (channels, size, size)
         self.kind = kind
-        self.name = f"{kind.upper()} {'x'.join(map(str, shape))}, batch {batch}"
-        self.build: Callable[[], nn.Module] = (
-            (lambda: SmallCNN(channels=channels, size=size))
-            if kind == "cnn"
-            else (lambda: nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)))
-        )
+        named = f"ResNet-18 of width {width}" if kind == "resnet" else kind.upper()
+        self.name = f"{named} {'x'.join(map(str, shape))}, batch {batch}"
+        builds: dict[str, Callable[[], nn.Module]] = {
+            "cnn": lambda: SmallCNN(channels=channels, size=size),
+            "resnet": lambda: PreActResNet18(width=width),
+            "mlp": lambda: nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)),
+        }
+        self.build = builds[kind]
         self.x, self.y = torch.rand(batch * batches, *shape), torch.randint(10, (batch * batches,))
         self.loader = DataLoader(TensorDataset(self.x, self.y), batch_size=batch)
 

@@ -83,3 +83,29 @@ def test_the_title_and_the_numbers_are_written() -> None:
 def test_nothing_counted_is_drawn_as_nothing() -> None:
     picture = reliability_diagram(Reliability.zero())
     assert not any(rows_of(picture, color, x) for color in (BAR, STRIP) for x in range(LEFT + 1, RIGHT))
+
+
+def test_beside_each_other_both_panels_are_drawn_on_the_same_axes() -> None:
+    one, other = counted(b7=(200, 150)), counted(b7=(100, 20), b9=(100, 90))
+    both = reliability_diagram(one, "test", beside=other)
+    assert both.shape == (3, 420, 840)
+    left, right = both[:, :, :420], both[:, :, 420:]
+    below = slice(TOP - 22, None)
+    assert torch.equal(left[:, below], reliability_diagram(one)[:, below])
+    assert rows_of(right, BAR, column(0.72))[0] == pytest.approx(BOTTOM - 0.2 * (BOTTOM - TOP), abs=1)
+    assert not rows_of(left, BAR, column(0.92))
+
+
+def test_beside_each_other_the_strips_have_one_scale() -> None:
+    both = reliability_diagram(counted(b7=(200, 150)), beside=counted(b7=(100, 20), b9=(100, 90)))
+    left, right = (len(rows_of(half, STRIP, column(0.75))) for half in (both[:, :, :420], both[:, :, 420:]))
+    assert left == pytest.approx(2 * right, abs=2)
+
+
+def test_each_panel_has_its_name() -> None:
+    one, head = counted(b7=(200, 150)), slice(0, 24)
+    usual = reliability_diagram(one, "test", one)[:, head]
+    named = reliability_diagram(one, "test", one, ("a", "b"))[:, head]
+    assert not torch.equal(usual[:, :, :420], named[:, :, :420])
+    assert not torch.equal(usual[:, :, 420:], named[:, :, 420:])
+    assert torch.equal(reliability_diagram(one, "test: a")[:, head], named[:, :, :420])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,9 @@ from lightning_robust.attach.watcher import ProbeError
 from lightning_robust.randomness import RandomState
 
 SIZES = (16, 16, 5)
-MEASURES = {"ece", "ece_low", "ece_high", "ece_floor", "nll", "brier"}
+MEASURES = {"ece", "ece_low", "ece_high", "ece_floor", "nll", "brier", "ece_rms", "ece_max", "ece_adaptive", "aurc"}
+MEASURES |= {"accuracy", "accuracy_at_95", "accuracy_at_90", "accuracy_at_80"}
+BESIDE = {"ece_debiased", "brier_reliability", "brier_resolution", "brier_uncertainty"}  # into the loggers alone
 shapes = pytest.mark.parametrize("shape", zoo.ZOO, ids=lambda shape: shape.__name__)
 
 
@@ -54,11 +57,15 @@ def measured(trainer: pl.Trainer, area: str = "calibration/val/", suffix: str = 
 def reference(p: Tensor, labels: Tensor) -> dict[str, float]:
     """What others make of probabilities ``(R, K)`` and labels ``(R,)``."""
     classes = list(range(p.shape[1]))
-    ece = torchmetrics.functional.classification.multiclass_calibration_error(p.float(), labels, len(classes), 15, "l1")
+    error = torchmetrics.functional.classification.multiclass_calibration_error
+    ece, rms, largest = (float(error(p.float(), labels, len(classes), 15, norm)) for norm in ("l1", "l2", "max"))
     p64 = p.double().numpy()
     p64 = p64 / p64.sum(1, keepdims=True)
     return {
-        "ece": float(ece),
+        "ece": ece,
+        "ece_rms": rms,
+        "ece_max": largest,
+        "accuracy": float((p.argmax(1) == labels).float().mean()),
         "nll": log_loss(labels, p64, labels=classes),
         "brier": brier_score_loss(labels, p64, labels=classes, scale_by_half=False),
     }
@@ -379,7 +386,11 @@ def test_the_diagram_arrives_in_tensorboard_and_the_bins_in_the_checkpoint(tmp_p
     trainer.fit(module, data(), data())
     events = EventAccumulator(str(logger.log_dir), size_guidance={"images": 0})
     events.Reload()
-    assert events.Tags()["images"] == ["calibration/val/reliability"]
+    assert set(events.Tags()["images"]) == {"calibration/val/reliability", "calibration/val/risk_coverage"}
+    assert len(events.Images("calibration/val/risk_coverage")) == 2
+    for name in BESIDE:
+        assert [scalar.step for scalar in events.Scalars(f"calibration/val/{name}")] == [6, 13]
+        assert f"calibration/val/{name}" not in trainer.callback_metrics
     steps = [image.step for image in events.Images("calibration/val/reliability")]
     assert steps == [scalar.step for scalar in events.Scalars("calibration/val/ece")] == [6, 13]
     assert {"calibration/val/ece", "calibration.coarse/val/ece"} <= set(events.Tags()["scalars"])
@@ -396,6 +407,7 @@ def test_the_diagram_arrives_in_tensorboard_and_the_bins_in_the_checkpoint(tmp_p
         assert section["ece"] == pytest.approx(float(np.abs(gaps) @ counts) / 101)
         assert section["bins"]["nll"] == pytest.approx(expected["nll"], rel=2e-5)
         assert section["measured_step"] == plain["global_step"]
+        assert len(pickle.dumps(section)) < 5_000
         assert len(plain["calibration.coarse"]["bins"]["counts"]) == 4
 
 
@@ -447,3 +459,8 @@ def test_a_resumed_run_keeps_what_was_measured_until_it_measures_again(tmp_path:
     early = read_entry(tmp_path / "step=8.ckpt")
     assert early["calibration"] == before
     assert early["calibration"]["measured_step"] == 7 < early["global_step"]
+
+
+def test_a_mode_that_is_mistyped_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"got 'toplabel'. Did you mean 'top_label'\?"):
+        CalibrationMonitor(mode="toplabel")

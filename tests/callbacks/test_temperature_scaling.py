@@ -17,6 +17,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import zoo
+from callbacks.calibration_runs import Said, logged
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import Tensor, nn
@@ -196,7 +197,8 @@ def test_the_entry_says_what_was_fitted_and_how_well_it_does_on_other_samples(tm
 
 def test_of_a_single_sample_the_entry_has_what_the_fit_has(tmp_path: Path) -> None:
     module, callback = zoo.built(Both), TemperatureScaling()
-    zoo.trainer(callbacks=[callback]).validate(module, data(1), verbose=False)
+    with pytest.warns(UserWarning, match="fitted on 1 predictions, and no others are left to report on"):
+        zoo.trainer(callbacks=[callback]).validate(module, data(1), verbose=False)
     section = callback.section()["calibration"]
     z, y = logits_of(module, 1)
     assert section["nll_scaled"] == pytest.approx(nll(z, y, section["temperature"]), rel=1e-4)
@@ -327,9 +329,11 @@ class Perfect(zoo.ListBatch):
         return self.net(x) * 0 + F.one_hot(truth, 10) * self.strength
 
 
-@pytest.mark.parametrize(("strength", "bound"), [(3.0, 1 / 64), (-3.0, 64.0)])
+@pytest.mark.parametrize(
+    ("strength", "applied", "said"), [(3.0, 1.0, "1 is kept"), (-3.0, 64.0, "64 is a bound, not a finding")]
+)
 def test_a_temperature_at_its_bound_is_said_to_be_one(
-    strength: float, bound: float, caplog: pytest.LogCaptureFixture
+    strength: float, applied: float, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     module, callback = zoo.built(Perfect), TemperatureScaling()
     module.strength = strength
@@ -338,9 +342,23 @@ def test_a_temperature_at_its_bound_is_said_to_be_one(
         zoo.trainer(callbacks=[callback]).validate(
             module, DataLoader(TensorDataset(x, answers(x, 0, wrong=0)), 16), verbose=False
         )
-    assert callback.temperature == pytest.approx(bound)
+    assert callback.temperature == pytest.approx(applied)
     assert callback.section()["calibration"]["at_bound"] is True
     assert "no best temperature exists for these 64 predictions" in caplog.text
+    assert said in caplog.text
+
+
+def test_one_error_in_two_hundred_predictions_costs_no_more_scaled_than_as_it_is() -> None:
+    z = 8 * torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    y = z.argmax(1)
+    y[3] = z[3].argsort()[-2]
+    trainer = zoo.trainer(callbacks=[TemperatureScaling(methods=["vector"], prediction_sets=0.1)])
+    trainer.validate(Said(), DataLoader(TensorDataset(z, y), 50), verbose=False)
+    found = logged(trainer)
+    plain = float(F.cross_entropy(z, y))
+    assert plain < 0.2
+    assert found["nll_scaled"] < plain + 0.02
+    assert found["nll_vector"] < plain + 0.02
 
 
 def test_a_bound_is_spoken_of_once_a_run(caplog: pytest.LogCaptureFixture) -> None:
@@ -361,6 +379,57 @@ def test_constant_logits_have_a_temperature_and_no_trouble() -> None:
     trainer.validate(module, data(), verbose=False)
     assert float(trainer.callback_metrics["calibration/val/nll_scaled"]) == pytest.approx(np.log(10))
     assert callback.section()["calibration"]["at_bound"] is True
+
+
+def test_a_loader_that_gives_no_batch_is_an_error_before_the_first_training_step() -> None:
+    with pytest.raises(ValueError, match="dataloader= gave no batch to fit the temperature on"):
+        fit(zoo.built(Both), TemperatureScaling(dataloader=[]), num_sanity_val_steps=1)
+
+
+def test_where_no_label_counts_nothing_is_fitted_and_that_is_said_once() -> None:
+    unlabelled = DataLoader(TensorDataset(zoo.images(32), torch.full((32,), -100)), 16)
+    trainer = zoo.trainer(max_epochs=2, callbacks=[callback := TemperatureScaling()], num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match="no temperature is fitted: of the validation data there is no pred") as said:
+        trainer.fit(zoo.built(Both), training(64), unlabelled)
+    assert len([w for w in said if "no temperature is fitted" in str(w.message)]) == 1
+    assert callback.temperature is None
+
+
+@pytest.mark.parametrize(
+    ("split", "match"),
+    [
+        (0.001, r"no temperature is fitted: of split=0.001 of the validation data there is no prediction"),
+        (0.9999, r"fitted on 32 predictions, and no others are left to report on; only .*another split="),
+    ],
+)
+def test_a_split_that_leaves_one_side_empty_is_said_to(split: float, match: str) -> None:
+    trainer = zoo.trainer(callbacks=[TemperatureScaling(split=split)])
+    with pytest.warns(UserWarning, match=match):
+        trainer.validate(zoo.built(Both), data(32), verbose=False)
+
+
+def test_the_diagram_says_at_which_temperature_and_whether_it_had_seen_its_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, str, str]] = []
+
+    def drawing(_sums: Any, title: str, _beside: Any, titles: tuple[str, str]) -> Tensor:
+        drawn.append((title, *titles))
+        return torch.zeros(3, 4, 4)
+
+    monkeypatch.setattr("lightning_robust.callbacks.reported.reliability_diagram", drawing)
+    callback = TemperatureScaling()
+    trainer = zoo.trainer(max_epochs=1, callbacks=[callback], logger=pl.loggers.TensorBoardLogger(tmp_path))
+    trainer.fit(module := zoo.built(Both), training(), data())
+    at = f"at T {callback.temperature:.3g}"
+    trainer.test(module, data(), verbose=False)
+    assert drawn == [("val, epoch 1", "as it is", f"{at} (cross-fitted)"), ("test", "as it is", at)]
+
+
+@pytest.mark.parametrize("settings", [{"methods": ["vektor"]}, {"methods": "vector"}])
+def test_a_method_that_is_mistyped_is_answered_with_the_nearest(settings: Any) -> None:
+    with pytest.raises(ValueError, match=r"Did you mean \['vector'\]\?"):
+        TemperatureScaling(**settings)
 
 
 def test_a_network_that_has_come_apart_does_not_end_the_run() -> None:
@@ -801,7 +870,7 @@ def test_after_the_fit_a_full_disk_is_warned_of(tmp_path: Path, monkeypatch: pyt
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("lightning_robust.callbacks.temperature_scaling.rewrite", full)
+    monkeypatch.setattr("lightning_robust.callbacks.after_fit.rewrite", full)
     module, scaling = zoo.built(Both), TemperatureScaling(when="after_fit")
     with pytest.warns(UserWarning, match=r"could not be rewritten.*no space left"):
         fit(module, keeping(tmp_path), scaling, enable_checkpointing=True, max_epochs=1)
@@ -822,8 +891,7 @@ def test_during_the_fit_after_fit_measures_nothing_and_validate_still_does() -> 
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"when": "later"}, "'validation' or 'after_fit', got 'later'"),
-    ({"dataloader": []}, "belong to when='after_fit'"),
-    ({"checkpoints": []}, "belong to when='after_fit'"),
+    ({"checkpoints": []}, "checkpoints= belongs to when='after_fit'"),
     ({"when": "after_fit", "dataloader": samples(8)}, "takes a loader, got a data set"),
     ({"max_samples": 1}, "at least 2"),
     ({"bins": 0}, "at least 1"),

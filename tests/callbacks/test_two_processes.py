@@ -34,12 +34,13 @@ def test_two_processes_measure_what_one_measures_and_train_one_model(tmp_path: P
     )
     assert all(0 <= value <= 1 for value in trained.values())
     others = {key for key in one if key.startswith(("calibration", "ood"))}
-    # Calibration, its temperature, that of a choice of samples; five measures of four scores on three and two sets.
-    assert len({key for key in others if key.startswith("calibration/val")}) == 6 + 7
-    assert len({key for key in others if key.startswith("ood/val")}) == 3 * 4 * 5
-    assert len({key for key in others if key.startswith("ood.given/val")}) == 2 * 4 * 5
-    assert len({key for key in others if key.startswith("ood.single/val")}) == 5
-    assert len({key for key in others if "/test/" in key}) == 6 + 3 * 4 * 5 + 2 * 4 * 5
+    # Calibration, its temperature, that of a choice of samples; five measures of four scores on three and two sets, and
+    # two of what each of them accepts.
+    assert len({key for key in others if key.startswith("calibration/val")}) == 14 + 7
+    assert len({key for key in others if key.startswith("ood/val")}) == 3 * 4 * 5 + 4 * 2
+    assert len({key for key in others if key.startswith("ood.given/val")}) == 2 * 4 * 5 + 4 * 2
+    assert len({key for key in others if key.startswith("ood.single/val")}) == 5 + 2
+    assert len({key for key in others if "/test/" in key}) == 14 + 3 * 4 * 5 + 2 * 4 * 5 + 2 * 4 * 2
     assert {"calibration/val/temperature", "calibration.few/val/temperature"} <= others
     assert one["calibration/val/temperature"] != one["calibration.few/val/temperature"]
     assert 0.05 < one["ood.given/val/set/energy_auroc"] < 0.95

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_robust import PixelSpace
 
-GROUPS = ("attacks", "robustness", "penalties", "calibration", "ood", "saliency")
+GROUPS = ("attacks", "robustness", "penalties", "calibration", "ood", "shift", "saliency")
 CLASSES = 3
 
 
@@ -69,6 +69,7 @@ NO_LOSS = r"calls none of the losses that can be read"
 ONE_PREDICTION = r"scores are about one prediction a sample"
 ONE_CLASS = r"one class a sample can be explained"
 NO_PICTURES = r"synthetic sets are made of pictures"
+NO_CORRUPTIONS = r"corruptions are made for pictures"
 
 
 def images(n: int = 8, seed: int = 0, channels: int = 1) -> Tensor:

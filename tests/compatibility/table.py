@@ -22,6 +22,7 @@ from lightning_robust import (
     PGD,
     AdversarialTraining,
     CalibrationMonitor,
+    CorruptionMonitor,
     InputGradientPenalty,
     OODMonitor,
     RobustAccuracy,
@@ -179,7 +180,7 @@ def told(name: str, kind: Any, *, training: bool = False, **settings: Any) -> di
     asked: Mapping[str, Any] = {**shape.arguments, **(shape.in_training if training else {})}
     taken = inspect.signature(kind).parameters
     given = {**settings, **{key: value for key, value in asked.items() if key in taken}}
-    if isinstance(given.get("input_key"), list) and kind in (OODMonitor, SaliencySnapshots):
+    if isinstance(given.get("input_key"), list) and kind in (OODMonitor, CorruptionMonitor, SaliencySnapshots):
         given["input_key"] = given["input_key"][0]  # who shows one input is told which
     return given
 
@@ -204,6 +205,11 @@ def monitors(name: str, *groups: str, strict: bool = False) -> list[Any]:
             TemperatureScaling(**told(name, TemperatureScaling, strict=strict)),
         ],
         "ood": lambda: [OODMonitor(sets, **told(name, OODMonitor, pixels=shape.pixels, strict=strict))],
+        "shift": lambda: [
+            CorruptionMonitor(
+                severities=[5], per_epoch=3, **told(name, CorruptionMonitor, pixels=shape.pixels, strict=strict)
+            )
+        ],
         "saliency": lambda: [
             SaliencySnapshots(
                 ["gradient"], samples=4, **told(name, SaliencySnapshots, pixels=shape.pixels, strict=strict)

@@ -85,7 +85,8 @@ def assert_measured(name: str, run: Run, callbacks: list[Any]) -> None:
     if "calibration" in groups:
         assert within([metrics["calibration/val/ece"]], 0, 1)
         assert within([metrics["calibration/val/nll"], metrics["calibration/val/temperature"]], 1e-6, 1e6)
-    for group, first, last in (("ood", "ood/val/", "msp_auroc"), ("saliency", "saliency/val/", "flips")):
+    keys = (("ood/val/", "msp_auroc"), ("shift/val/", "mean_accuracy"), ("saliency/val/", "flips"))
+    for group, (first, last) in zip(("ood", "shift", "saliency"), keys, strict=True):
         found = [value for key, value in metrics.items() if key.startswith(first) and key.endswith(last)]
         found = [value for value in found if not math.isnan(value)]  # what a monitor logs that failed
         assert bool(found) is (group in groups and group not in shape.says)

@@ -1,18 +1,18 @@
-"""The metric: logits of every kind of head, sums that no cast can touch."""
+"""The metric: logits of every kind of head, every norm and mode; sums and processes are in ``test_doubles.py``."""
 
 from __future__ import annotations
 
-import math
-import pickle
-from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassCalibrationError
+from torchmetrics import MetricCollection
+from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError
 
 from lightning_robust.calibration import Reliability
+from lightning_robust.calibration.reliability import Norm
 from lightning_robust.metrics import CalibrationError
 from lightning_robust.randomness import seeded
 
@@ -69,79 +69,28 @@ def test_what_was_counted_can_be_read() -> None:
     assert reliability.accuracy == pytest.approx(float((LOGITS.argmax(1) == TARGETS).double().mean()))
 
 
-def test_forward_gives_the_batch_and_remembers_the_rest() -> None:
-    metric = CalibrationError()
-    batches = zip(LOGITS.split(500), TARGETS.split(500), strict=True)
-    values = [metric(z, y) for z, y in batches]
-    assert values[1] == measured(LOGITS[500:1000], TARGETS[500:1000]).compute()
-    assert metric.compute() == measured().compute()
+@pytest.mark.parametrize("norm", get_args(Norm))
+def test_every_norm_is_that_of_the_sums(norm: Norm) -> None:
+    metric = CalibrationError(norm=norm)
+    metric.update(LOGITS, TARGETS)
+    assert float(metric.compute()) == pytest.approx(metric.reliability.error(norm), rel=1e-6)
 
 
-def test_reset_forgets() -> None:
-    metric = measured()
-    metric.reset()
-    assert metric.reliability.n == 0
-    with pytest.warns(UserWarning, match="before the ``update``"):
-        assert math.isnan(metric.compute())
+def test_the_probability_of_yes_is_that_of_torchmetrics() -> None:
+    z, y = LOGITS[:, 0], (TARGETS == 0).long()
+    metric = CalibrationError(mode="positive")
+    for some_z, some_y in zip(z.split(300), y.split(300), strict=True):
+        metric.update(some_z, some_y)
+    theirs = BinaryCalibrationError(n_bins=15, norm="l1")(z.sigmoid(), y)
+    assert float(metric.compute()) == pytest.approx(float(theirs), abs=1e-6)
 
 
-@pytest.mark.skipif(not hasattr(CalibrationError, "merge_state"), reason="this torchmetrics merges no states")
-def test_two_halves_are_merged_into_one() -> None:
-    first, second = measured(LOGITS[:700], TARGETS[:700]), measured(LOGITS[700:], TARGETS[700:])
-    first.merge_state(second)
-    assert torch.allclose(first.total, measured().total, rtol=1e-14)
-    assert first.compute() == measured().compute()
-
-
-def test_two_processes_are_summed() -> None:
-    first, second = measured(LOGITS[:700], TARGETS[:700]), measured(LOGITS[700:], TARGETS[700:])
-    first.dist_sync_fn = lambda state, group: [state, second.total]
-    first.distributed_available_fn = lambda: True
-    with first.sync_context(dist_sync_fn=first.dist_sync_fn):
-        assert first.reliability.n == 2000
-    assert first.compute() == measured().compute()
-    assert first.reliability.n == 700
-
-
-def test_a_pickled_metric_goes_on_counting() -> None:
-    metric = pickle.loads(pickle.dumps(measured(LOGITS[:700], TARGETS[:700])))
-    metric.update(LOGITS[700:], TARGETS[700:])
-    assert metric.compute() == measured().compute()
-
-
-CASTS: dict[str, Callable[[nn.Module], object]] = {
-    "half": lambda module: module.half(),
-    "bfloat16": lambda module: module.bfloat16(),
-    "double": lambda module: module.double(),
-    "float": lambda module: module.float(),
-    "to": lambda module: module.to(torch.float16),
-    "to device and dtype": lambda module: module.to("cpu", torch.bfloat16),
-    "set_dtype": lambda module: module[0].set_dtype(torch.float16),  # type: ignore[index]
-}
-
-
-@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
-def test_no_cast_of_the_module_around_it_touches_the_sums(cast: Callable[[nn.Module], object]) -> None:
-    metric = measured(LOGITS[:700], TARGETS[:700])
-    cast(nn.ModuleList([metric, nn.Linear(2, 2)]))
-    assert metric.total.dtype == torch.float64
-    metric.update(LOGITS[700:], TARGETS[700:])
-    assert torch.allclose(metric.total, measured().total, rtol=1e-14)
-    metric.reset()
-    assert metric.total.dtype == torch.float64
-
-
-def test_the_state_follows_the_module_to_its_device() -> None:
-    metric = measured().to("meta")
-    assert (metric.total.device.type, metric.total.dtype) == ("meta", torch.float64)
-
-
-def test_it_can_be_updated_in_inference_mode_and_afterwards() -> None:
-    metric = CalibrationError()
-    with torch.inference_mode():
-        metric.update(LOGITS[:700], TARGETS[:700])
-    metric.update(LOGITS[700:], TARGETS[700:])
-    assert metric.compute() == measured().compute()
+def test_labels_are_events_of_their_own() -> None:
+    y = F.one_hot(TARGETS, 7)
+    metric = CalibrationError(mode="per_label")
+    metric.update(LOGITS, y.float())
+    theirs = BinaryCalibrationError(n_bins=15, norm="l1")(LOGITS.sigmoid().flatten(), y.flatten())
+    assert float(metric.compute()) == pytest.approx(float(theirs), abs=1e-6)
 
 
 def test_misuse_is_named() -> None:
@@ -152,3 +101,22 @@ def test_misuse_is_named() -> None:
         metric.update(LOGITS[:2], torch.tensor([0.5, 0.5]))
     with pytest.raises(ValueError, match="bins=0"):
         CalibrationError(bins=0)
+    with pytest.raises(ValueError, match="got 'l2'"):
+        CalibrationError(norm="l2")  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(ValueError, match="got 'binary'"):
+        CalibrationError(mode="binary")  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(ValueError, match="7 classes"):
+        CalibrationError(mode="positive").update(LOGITS, TARGETS)
+
+
+def test_two_modes_in_a_collection_stay_two_metrics() -> None:
+    yes = torch.tensor([1.0, 2.0, 3.0])  # of the first batch both modes say the same
+    both = MetricCollection({mode: CalibrationError(mode=mode) for mode in ("positive", "top_label")})
+    alone = {mode: CalibrationError(mode=mode) for mode in ("positive", "top_label")}
+    for z, y in ((yes, torch.tensor([1, 1, 0])), (-yes, torch.tensor([0, 1, 0]))):
+        both.update(z, y)
+        for metric in alone.values():
+            metric.update(z, y)
+    found = both.compute()
+    assert {mode: float(found[mode]) for mode in alone} == {mode: float(m.compute()) for mode, m in alone.items()}
+    assert float(found["positive"]) != pytest.approx(float(found["top_label"]), abs=1e-3)

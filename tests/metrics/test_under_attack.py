@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torchmetrics.classification import BinaryAccuracy, MulticlassAUROC, MulticlassCalibrationError
 
 from lightning_robust.losses import LossCall
@@ -76,3 +77,15 @@ def test_a_metric_that_needs_more_samples_than_there_are_is_no_error_yet() -> No
 
 def test_what_measures_nothing_says_so() -> None:
     assert not UnderAttack(["clean"], {}, calibration=False).counts_anything
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric Placed")
+def test_metrics_of_a_process_without_a_sample_go_where_processes_talk() -> None:
+    class Placed(BinaryAccuracy):
+        def compute(self) -> Tensor:
+            return torch.tensor(float(self.device.type == "meta"))
+
+    measured = UnderAttack(["clean"], {"placed": Placed()}, calibration=False)
+    others = measured.state()
+    others[0, 0] = 7.0  # samples of another process
+    assert measured.compute(others, torch.device("meta")) == {"placed_clean": 1.0}

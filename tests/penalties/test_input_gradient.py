@@ -194,5 +194,5 @@ def test_unknown_methods_and_heads_are_refused() -> None:
         InputGradientPenalty(method="exact")
     with pytest.raises(ValueError, match=r"InputGradientPenalty\(step=\) must be positive"):
         InputGradientPenalty(step=-1.0)
-    with pytest.raises(ValueError, match=r"logits_fn returned \(4, 2\) for targets \(3,\)"):
+    with pytest.raises(ValueError, match=r"got logits \(4, 2\) for targets \(3,\)"):
         InputGradientPenalty()(linear, X, Y[:3])

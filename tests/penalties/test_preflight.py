@@ -226,5 +226,5 @@ def test_where_every_gradient_is_0_it_warns_unless_that_may_be() -> None:
 
 
 def test_a_wrong_argument_is_left_as_it_is() -> None:
-    with pytest.raises(ValueError, match="logits_fn returned"):
+    with pytest.raises(ValueError, match="expected logits"):
         preflight(lambda: EXACT(nn.Linear(8, 3), X[:, 0], Y[:2]), nn.Linear(1, 1).parameters(), "input_gradient")

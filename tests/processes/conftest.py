@@ -24,14 +24,15 @@ def _environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def start() -> Callable[..., subprocess.Popen[str]]:
-    """Start a script in a process group of its own."""
+def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Popen[str]]:
+    """Start a script in a process group of its own, in an empty folder: without a logger, pictures become files."""
 
     def starting(script: str, *arguments: object) -> subprocess.Popen[str]:
         command = [sys.executable, HERE / script, *map(str, arguments)]
         return subprocess.Popen(
             command,
             env=_environment(),
+            cwd=tmp_path_factory.mktemp("run"),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -16,7 +16,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from user_code import QUIET, THREAT, Diary, Module, labelled, monitors, sha256
 
 from lightning_robust import PGD, AdversarialTraining, InputGradientPenalty, SaliencyRegularization
@@ -65,6 +65,13 @@ class Plain(Module):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
+def mislabelled(n: int) -> TensorDataset:
+    """Validation data of which every fifth has a wrong label: without an error there is no temperature to compare."""
+    x, y = labelled(n, 1).tensors
+    wrong = torch.arange(n) % 5 == 0
+    return TensorDataset(x, torch.where(wrong, (y + 1) % 4, y))
+
+
 class Steps(pl.Callback):
     """What each step was fed, and where the run stops to be killed."""
 
@@ -99,7 +106,7 @@ def train(folder: Path, name: str, stop: tuple[int, int], dropout: float, checkp
     ]
     settings = {**QUIET, "enable_checkpointing": True}
     trainer = pl.Trainer(max_epochs=EPOCHS, callbacks=callbacks, **settings)
-    trainer.fit(Plain(dropout), Resumable(), DataLoader(labelled(40, 1), 16), ckpt_path=checkpoint)
+    trainer.fit(Plain(dropout), Resumable(), DataLoader(mislabelled(40), 16), ckpt_path=checkpoint)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from lightning_robust import (
     PGD,
     AdversarialTraining,
     CalibrationMonitor,
+    CorruptionMonitor,
     InputGradientPenalty,
     OODMonitor,
     RobustAccuracy,
@@ -104,10 +105,12 @@ def job(name: str) -> list[pl.Callback]:
         "robust": lambda: [RobustAccuracy(attack)],
         "restarts": lambda: [RobustAccuracy(PGD(THREAT, steps=2, restarts=2))],
         "ood": lambda: [OODMonitor()],
+        "shift": lambda: [CorruptionMonitor(severities=[3], per_epoch=3, shift_loaders={"other": labelled(9, 3)})],
         # The second process has no sample that counts, or no batch.
         "few": lambda: [
             RobustAccuracy(attack, max_samples=1),
             OODMonitor(max_samples=1),
+            CorruptionMonitor(corruptions=["fog", "snow"], shift_loaders={"single": labelled(1, 3)}, max_samples=1),
             OODMonitor({"few": one_batch, "single": TensorDataset(1 - images(1))}, name="given"),
         ],
         "after-fit": lambda: [TemperatureScaling(when="after_fit", dataloader=DataLoader(labelled(5), 5))],

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 Lines = list[dict[str, Any]]
-AREAS = {"robust", "calibration", "ood", "saliency"}
+AREAS = {"robust", "calibration", "ood", "shift", "saliency"}
 
 
 def area(key: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.slow  # a minute and more of two processes
 
 TRAINING = ("plain", "madry", "trades", "n-fgsm", "finite", "madry+finite")
-MONITORS = ("calibration", "temperature", "after-fit", "robust", "restarts", "ood", "few", "snapshots")
+MONITORS = ("calibration", "temperature", "after-fit", "robust", "restarts", "ood", "shift", "few", "snapshots")
 ALL = (*TRAINING, *MONITORS, "every")
 SOME = ("plain", "trades", "madry+finite", "every")
 # Gathered by the first forward and kept until a backward pass: torch does so with the outermost group, of itself.
@@ -39,10 +39,18 @@ def numbers(found: Found, job: str) -> list[float]:
 
 
 def metrics(found: Found, job: str) -> dict[str, float]:
-    """Without what needs the weights in another order, which pieces of weights cannot be put in."""
-    return {
-        k: v for k, v in found[job]["metrics"].items() if not any(part in k for part in ("_null", "10_floor", "_skill"))
-    }
+    """Without what needs the weights in another order, or the last layer whole: pieces of weights have neither."""
+    missing = ("_null", "10_floor", "_skill", "mahalanobis", "knn", "vim")
+    return {k: v for k, v in found[job]["metrics"].items() if not any(part in k for part in missing)}
+
+
+def assert_measured_alike(found: dict[str, float], expected: dict[str, float], job: str) -> None:
+    # Nearly equal scores may change places; of 20 and 20 samples a pair is 1/400 of the AUROC of one of 80 cells.
+    pairs = {key for key in expected if job == "every" and key.endswith("mean_msp_auroc")}
+    assert found.keys() == expected.keys(), job
+    assert {k: found[k] for k in pairs} == pytest.approx({k: expected[k] for k in pairs}, abs=2e-4), job
+    rest = expected.keys() - pairs
+    assert {k: found[k] for k in rest} == pytest.approx({k: expected[k] for k in rest}, rel=1e-5, abs=1e-5), job
 
 
 def assert_alike(found: dict[str, Found], jobs: tuple[str, ...]) -> None:
@@ -50,7 +58,7 @@ def assert_alike(found: dict[str, Found], jobs: tuple[str, ...]) -> None:
         sharded, whole = found["fsdp"], found["ddp"]
         # Two processes add up two gradients, whoever holds the sum.
         assert numbers(sharded, job) == pytest.approx(numbers(whole, job), abs=1e-6), job
-        assert metrics(sharded, job) == pytest.approx(metrics(whole, job), rel=1e-5, abs=1e-5), job
+        assert_measured_alike(metrics(sharded, job), metrics(whole, job), job)
         loose = sharded[job]["loose"]
         assert set(loose) <= {"reading"}, job  # never when the optimizer steps or a batch has ended
         assert set(loose.get("reading", ())) <= OUTERMOST, job

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, TensorDataset
 from lightning_robust import (
     PGD,
     CalibrationMonitor,
+    CorruptionMonitor,
     OODMonitor,
     RobustAccuracy,
     SaliencySnapshots,
@@ -97,17 +98,26 @@ class Module(pl.LightningModule):
 
 
 def monitors() -> list[pl.Callback]:
+    # Few scores: of some 220 metrics and more Lightning's forked processes wait for ever at the end of a fit, since all
+    # that the first one logged goes through a pipe that nobody reads before it has ended.
     return [
         RobustAccuracy(PGD(THREAT, steps=2), max_samples=30),
-        CalibrationMonitor(),
-        OODMonitor(max_samples=20),
-        OODMonitor({"given": TensorDataset(1 - images(21))}, name="given"),
+        CalibrationMonitor(classwise=True),
+        OODMonitor(
+            max_samples=20,
+            scores=["msp"],
+            detectors=["mahalanobis", "knn", "vim"],
+            fit_data=labelled(30, 2),
+            attacked=PGD(THREAT, steps=2),
+        ),
+        OODMonitor({"given": TensorDataset(1 - images(21))}, scores=["energy"], name="given", streaming=True),
+        CorruptionMonitor(max_samples=20, per_epoch=2, shift_loaders={"other": labelled(9, 3)}),
         SaliencySnapshots(["gradient", "gradcam"], samples=4),
-        TemperatureScaling(),
+        TemperatureScaling(methods=["vector"], prediction_sets=0.1, classwise=True),
     ]
 
 
-AREAS = ("robust", "calibration", "ood", "saliency")
+AREAS = ("robust", "calibration", "ood", "shift", "saliency")
 
 
 def ours(key: str) -> bool:

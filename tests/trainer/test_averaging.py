@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import zoo
-from trainer_runs import Slow, data, defence, flat, monitors, offline, ours
+from trainer_runs import Slow, data, defence, flat, monitors, offline, offline_shift, ours
 
 pytestmark = zoo.averaging
 
@@ -29,7 +29,7 @@ class Measured(pl.Callback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.sanity_checking:
-            self.expected.append(offline(self._copy, data()))
+            self.expected.append({**offline(self._copy, data()), **offline_shift(self._copy, data())})
             self.found.append(ours(trainer))
             self.weights.append(flat(self._copy))
 

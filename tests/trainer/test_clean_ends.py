@@ -19,6 +19,7 @@ from trainer_runs import ATTACK, Net, defence
 
 from lightning_robust import (
     CalibrationMonitor,
+    CorruptionMonitor,
     OODMonitor,
     RobustAccuracy,
     SaliencySnapshots,
@@ -141,6 +142,7 @@ def every(method: str) -> list[Any]:
         RobustAccuracy(ATTACK, max_samples=4),
         CalibrationMonitor(),
         OODMonitor({"other": TensorDataset(zoo.images(4, 9), zoo.labels(4))}, scores=["msp"]),
+        CorruptionMonitor(corruptions=["contrast"], severities=[3], max_samples=4),
         TemperatureScaling(),
         SaliencySnapshots(methods=["gradient"], samples=2),
     ]

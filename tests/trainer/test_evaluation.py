@@ -16,7 +16,7 @@ from trainer_runs import ATTACK, Slow, data, defence, flat, monitors, offline, o
 from lightning_robust import PGD, CalibrationMonitor, RobustAccuracy, TemperatureScaling, ThreatModel
 
 LOADED = "ignore:Be aware that when using `ckpt_path`:UserWarning"
-SAME = ("robust/val/", "calibration/val/", "ood/val/")  # saliency compares with its own past
+SAME = ("robust/val/", "calibration/val/", "ood/val/", "shift/val/")  # saliency compares with its own past
 
 
 def saved(folder: Path, weights_only: bool) -> tuple[Slow, pl.Trainer, Path]:

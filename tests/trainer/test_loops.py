@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 import zoo
 from pytorch_lightning.utilities import CombinedLoader
-from trainer_runs import Slow, data, defence, flat, monitors, offline, ours
+from trainer_runs import Slow, data, defence, flat, monitors, offline, offline_shift, ours
 
 NO_VALIDATION = "ignore:.*this fit has n.*:UserWarning"
 
@@ -53,7 +53,7 @@ class Counting(pl.Callback):
         if not trainer.sanity_checking:
             self.measured.append(ours(trainer))
             batches = list(data())[: trainer.num_val_batches[0]]
-            self.expected.append(offline(pl_module, batches))
+            self.expected.append({**offline(pl_module, batches), **offline_shift(pl_module, batches)})
 
 
 class WithLoaders(Slow):

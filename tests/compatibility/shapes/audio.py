@@ -2,7 +2,7 @@
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_PICTURES, Shape, batches, labels, rows
+from compatibility.common import NO_CORRUPTIONS, NO_PICTURES, Shape, batches, labels, rows
 from torch import nn
 from torch.nn import functional as F
 
@@ -11,7 +11,7 @@ from lightning_robust import PixelSpace
 SHAPE = Shape(
     "waveforms `(N, 1, T)` in [-1, 1] and 1-d convolutions",
     pixels=PixelSpace(bounds=(-1, 1)),
-    says={"ood": NO_PICTURES},
+    says={"ood": NO_PICTURES, "shift": NO_CORRUPTIONS},
 )
 
 

@@ -2,7 +2,7 @@
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_BOX, NO_PICTURES, ONE_CLASS, ONE_PREDICTION, Shape, batches, rows
+from compatibility.common import NO_BOX, NO_CORRUPTIONS, NO_PICTURES, ONE_CLASS, ONE_PREDICTION, Shape, batches, rows
 from torch import nn
 from torch.nn import functional as F
 
@@ -10,7 +10,7 @@ SHAPE = Shape(
     "several graphs in one object, a class for each graph: rows of the input are nodes, not samples",
     inputs=(("x",),),
     pixels=NO_BOX,
-    says={"ood": ONE_PREDICTION, "saliency": ONE_CLASS},
+    says={"ood": ONE_PREDICTION, "shift": NO_CORRUPTIONS, "saliency": ONE_CLASS},
     noise=(NO_PICTURES,),
     errors={
         "robustness": r"the loss gets 2 rows for a batch of 8 samples",

@@ -2,7 +2,7 @@
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_FLOATS, ONE_CLASS, ONE_PREDICTION, Shape, batches
+from compatibility.common import NO_CORRUPTIONS, NO_FLOATS, ONE_CLASS, ONE_PREDICTION, Shape, batches
 from torch import nn
 from torch.nn import functional as F
 
@@ -10,7 +10,7 @@ SHAPE = Shape(
     "a language model: logits and next tokens flattened before the loss",
     inputs=(),
     errors=dict.fromkeys(("attacks", "robustness", "penalties"), NO_FLOATS),
-    says={"ood": ONE_PREDICTION, "saliency": ONE_CLASS},
+    says={"ood": ONE_PREDICTION, "shift": NO_CORRUPTIONS, "saliency": ONE_CLASS},
     noise=("SaliencySnapshots_val measures nothing",),
 )
 

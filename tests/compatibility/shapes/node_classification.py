@@ -2,7 +2,7 @@
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_BOX, NO_PICTURES, Shape, batches, labels, rows
+from compatibility.common import NO_BOX, NO_CORRUPTIONS, NO_PICTURES, Shape, batches, labels, rows
 from torch import nn
 from torch.nn import functional as F
 
@@ -10,7 +10,11 @@ SHAPE = Shape(
     "a graph as an object (x, edge_index, y, masks), a class for each node",
     inputs=(("x",),),
     pixels=NO_BOX,
-    says={"ood": NO_PICTURES, "saliency": r"does not take 4 samples in the place of .*refer to each other"},
+    says={
+        "ood": NO_PICTURES,
+        "shift": NO_CORRUPTIONS,
+        "saliency": r"does not take 4 samples in the place of .*refer to each other",
+    },
 )
 
 

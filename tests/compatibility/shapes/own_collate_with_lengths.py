@@ -2,14 +2,14 @@
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_BOX, NO_PICTURES, Shape, batches, labels, rows
+from compatibility.common import NO_BOX, NO_CORRUPTIONS, NO_PICTURES, Shape, batches, labels, rows
 from torch import nn
 from torch.nn import functional as F
 
 SHAPE = Shape(
     "padded sequences with their lengths, packed for a GRU",
     pixels=NO_BOX,
-    says={"ood": NO_PICTURES},
+    says={"ood": NO_PICTURES, "shift": NO_CORRUPTIONS},
     inputs=(("signal",),),
 )
 

@@ -2,11 +2,11 @@
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_BOX, NO_PICTURES, Shape, batches, labels, rows
+from compatibility.common import NO_BOX, NO_CORRUPTIONS, NO_PICTURES, Shape, batches, labels, rows
 from torch import nn
 from torch.nn import functional as F
 
-SHAPE = Shape("sequences `(N, T, F)` and an LSTM", pixels=NO_BOX, says={"ood": NO_PICTURES})
+SHAPE = Shape("sequences `(N, T, F)` and an LSTM", pixels=NO_BOX, says={"ood": NO_PICTURES, "shift": NO_CORRUPTIONS})
 
 
 def train_loader():

@@ -2,12 +2,16 @@
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_BOX, Shape, batches, labels, rows
+from compatibility.common import NO_BOX, NO_CORRUPTIONS, Shape, batches, labels, rows
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-SHAPE = Shape("rows of a table and an MLP; foreign rows are named", pixels=NO_BOX)
+SHAPE = Shape(
+    "rows of a table and an MLP; foreign rows are named",
+    pixels=NO_BOX,
+    says={"shift": NO_CORRUPTIONS},
+)
 
 
 def train_loader():

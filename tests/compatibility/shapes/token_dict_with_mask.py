@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_FLOATS, Shape, batches, labels
+from compatibility.common import NO_CORRUPTIONS, NO_FLOATS, Shape, batches, labels
 from torch import nn
 from torch.nn import functional as F
 
 SHAPE = Shape(
     "a dict of input ids, attention mask and labels; the network returns an object with loss and logits",
     errors=dict.fromkeys(("attacks", "robustness", "penalties"), NO_FLOATS),
-    says={"saliency": NO_FLOATS},
+    says={"shift": NO_CORRUPTIONS, "saliency": NO_FLOATS},
 )
 
 

@@ -2,7 +2,7 @@
 
 import pytorch_lightning as pl
 import torch
-from compatibility.common import NO_FLOATS, Shape, batches, labels
+from compatibility.common import NO_CORRUPTIONS, NO_FLOATS, Shape, batches, labels
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 SHAPE = Shape(
     "token ids and an embedding",
     errors=dict.fromkeys(("attacks", "robustness", "penalties"), NO_FLOATS),
-    says={"saliency": NO_FLOATS},
+    says={"shift": NO_CORRUPTIONS, "saliency": NO_FLOATS},
 )
 
 
