@@ -299,12 +299,7 @@ class TemperatureScaling(AppliedTemperature):
         fit = recalibration.fit(fitted_on)
         fitted = Fitted(fit, recalibration, self._reported(recalibration, fitted_on, others))
         if not fitted.reported.n:
-            self.warn_once(
-                f"the temperature is fitted on {fit.samples} predictions, and no others are left to report on; only "
-                f"{self.key('val', 'temperature')} is logged. Give more validation data"
-                f"{'' if self.split is None else ' or another split='}.",
-                "nothing reported",
-            )
+            self._say_nothing_left(trainer, fit.samples, asked=others is not None)
         self._routes = list(self.probe.routes.values())
         self._weights_step = int(trainer.global_step)
         self._entry = fitted.entry(self._weights_step)
@@ -319,6 +314,19 @@ class TemperatureScaling(AppliedTemperature):
         if fitted.reported.n and draw and shows_images(trainer):
             self._draw(trainer, fitted.reported, "val", fit.temperature, cross_fitted=others is None)
         return {self.key("val", name): value for name, value in fitted.values().items()}
+
+    def _say_nothing_left(self, trainer: Any, samples: int, asked: bool) -> None:
+        """Once: a warning where predictions to report on were asked for, a line where a set has no two halves."""
+        nothing = (
+            f"the temperature is fitted on {samples} predictions, and no others are left to report on; only "
+            f"{self.key('val', 'temperature')} is logged. Give more validation data"
+            f"{'' if self.split is None else ' or another split='}."
+        )
+        if asked:
+            self.warn_once(nothing, "nothing reported")
+        elif "nothing reported" not in self._warned:
+            self._warned.add("nothing reported")
+            self.say(trainer, f"TemperatureScaling: {nothing}")
 
     def _reported(self, recalibration: Recalibration, fitted_on: Rows, others: Rows | None) -> Reported:
         reported = self._report()

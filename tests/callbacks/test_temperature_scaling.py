@@ -195,10 +195,11 @@ def test_the_entry_says_what_was_fitted_and_how_well_it_does_on_other_samples(tm
     assert logged is None if when == "after_fit" else float(logged) == pytest.approx(section["nll_scaled"], rel=1e-6)
 
 
-def test_of_a_single_sample_the_entry_has_what_the_fit_has(tmp_path: Path) -> None:
+def test_of_a_single_sample_the_entry_has_what_the_fit_has(caplog: pytest.LogCaptureFixture) -> None:
     module, callback = zoo.built(Both), TemperatureScaling()
-    with pytest.warns(UserWarning, match="fitted on 1 predictions, and no others are left to report on"):
+    with caplog.at_level("INFO", logger="lightning_robust"):
         zoo.trainer(callbacks=[callback]).validate(module, data(1), verbose=False)
+    assert "fitted on 1 predictions, and no others are left to report on" in caplog.text
     section = callback.section()["calibration"]
     z, y = logits_of(module, 1)
     assert section["nll_scaled"] == pytest.approx(nll(z, y, section["temperature"]), rel=1e-4)
