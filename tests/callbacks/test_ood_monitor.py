@@ -688,7 +688,7 @@ def test_only_the_stages_that_are_asked_for_are_measured(stages: list[str]) -> N
     assert bool(measured(module, callback, "test")) is (stages == ["test"])
 
 
-THREAT = {"class_path": "lightning_robust.ThreatModel", "init_args": {"norm": "linf", "eps": 0.1}}
+THREAT = {"norm": "linf", "eps": 0.1}
 
 
 def test_a_recipe_builds_all_three(tmp_path: Path) -> None:
