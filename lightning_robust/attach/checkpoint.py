@@ -12,11 +12,11 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_robust.attach.patch import patch
+from lightning_robust.attach.plain import plain
 
 __all__ = [
     "FORMAT",
@@ -48,46 +48,12 @@ def write_entry(checkpoint: dict[str, Any], sections: Mapping[str, Any], version
         global_step=int(checkpoint.get("global_step", 0)),
         epoch=int(checkpoint.get("epoch", 0)),
     )
-    for name, content in _plain(sections, "").items():
+    for name, content in plain(sections, f"checkpoint[{KEY!r}]", _left_out).items():
         entry[name] = {**entry.get(name, {}), **content} if isinstance(content, Mapping) else content
 
 
-class _NotPlain:
-    """Stands for what is left out."""
-
-
-def _plain(value: Any, path: str) -> Any:
-    """A value of plain types; ``path`` says where it is."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    elif isinstance(value, np.ndarray):
-        value = torch.from_numpy(value.copy()) if value.dtype.kind in "biuf" else value.tolist()
-    if value is None or type(value) in (bool, int, float, str, Tensor, nn.Parameter):
-        return value
-    if isinstance(value, Tensor):
-        return value.detach().as_subclass(Tensor)
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return kind(value)
-    if isinstance(value, Mapping):
-        items = ((_plain_key(key), part) for key, part in value.items())
-        parts: Any = {key: _plain(part, f"{path}[{key!r}]") for key, part in items}
-        return {key: part for key, part in parts.items() if part is not _NotPlain}
-    if isinstance(value, (list, tuple)):
-        parts = [_plain(part, f"{path}[{i}]") for i, part in enumerate(value)]
-        parts = [part for part in parts if part is not _NotPlain]
-        return tuple(parts) if isinstance(value, tuple) else parts
-    warnings.warn(
-        f"checkpoint[{KEY!r}]{path} is a {type(value).__module__}.{type(value).__name__}, which "
-        "torch.load(weights_only=True) would refuse; it is left out. Give plain numbers, strings, lists, dicts or "
-        "tensors.",
-        stacklevel=2,
-    )
-    return _NotPlain
-
-
-def _plain_key(key: Any) -> str | int:
-    return key if type(key) in (str, int) else str(key)
+def _left_out(message: str) -> None:
+    warnings.warn(f"{message} It is left out.", stacklevel=2)
 
 
 def read_entry(source: str | Path | Mapping[str, Any], *, weights_only: bool = True) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from lightning_robust.attach.batches import described
 from lightning_robust.attach.features import Caught, FeatureTap, Tapped
 from lightning_robust.attach.labelled import check_make, kinds_of, read_labelled, training_data
 from lightning_robust.attach.loaders import own_batches, transferred
+from lightning_robust.attach.plain import plain, size_in_bytes
 from lightning_robust.attach.probe import Probe
 from lightning_robust.attach.step import Step
 from lightning_robust.attach.watcher import ProbeError
-from lightning_robust.callbacks.plain_state import plain, size_in_bytes
 from lightning_robust.losses import LossCall
 
 __all__ = ["Detecting"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_robust.attach.base import show_image
+from lightning_robust.attach.base import show_image, shows_images
 from lightning_robust.attach.batches import Key, one_input
 from lightning_robust.attach.features import Caught
 from lightning_robust.attach.groups import Groups
@@ -352,7 +352,7 @@ class OODMonitor(Monitor):
         logged |= {self.key(stage, metric): value for metric, value in values.items()}
         self.log_values(pl_module, logged, n)
         self.log_beside(trainer, {self.key(stage, metric): value for metric, value in beside.items()})
-        if trainer.is_global_zero and trainer.loggers:
+        if shows_images(trainer):
             when = f", epoch {trainer.current_epoch + 1}" if trainer.state.fn == "fit" else ""
             for score, picture in found.pictures(f"{stage}{when}"):
                 show_image(trainer, self.key(stage, f"{score}_histogram"), picture)

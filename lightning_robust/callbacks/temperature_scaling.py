@@ -216,12 +216,12 @@ class TemperatureScaling(AppliedTemperature):
                     raise ValueError("dataloader= gave no batch to fit the temperature on; give labelled data.")
 
     def before(self, trainer: Any, step: Step, batch_idx: int, loader: int, stage: str) -> None:
-        if not self._fits_in(trainer, stage):
-            self._codes = self.codes(self.groups, step.batch, len(self.listener.index), loader)
-            return
-        if loader:
+        fits = self._fits_in(trainer, stage)
+        if fits and loader:
             return
         self._codes = self.codes(self.groups, step.batch, len(self.listener.index), loader)
+        if not fits:
+            return
         if self._codes is not None:
             self._kept.add_groups(self.listener.index, self._codes)
         if batch_idx == 0 and self._reads_its_own:

@@ -1,7 +1,8 @@
-"""What a detector remembers, as plain values that ``torch.load(weights_only=True)`` reads."""
+"""Plain values: what ``torch.load(weights_only=True)`` reads without this package, and without anybody's classes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,20 @@ __all__ = ["plain", "size_in_bytes"]
 NUMBER = 8  # bytes
 
 
-def plain(value: Any, where: str = "state") -> Any:
+class _Lost:
+    """Stands for what is left out."""
+
+
+def plain(value: Any, where: str = "state", lost: Callable[[str], None] | None = None) -> Any:
     """A copy of tensors, numbers, words, lists, tuples and dicts; numpy's arrays become tensors.
 
     Args:
-        value: What :meth:`~lightning_robust.ood.Detector.state` gave.
+        value: What is to be stored.
         where: How errors call it.
+        lost: Is told of what else is in it, which is then left out.
 
     Raises:
-        TypeError: If something else is in it.
+        TypeError: If something else is in it and nobody is to be told.
 
     Example:
         >>> import numpy as np
@@ -31,12 +37,17 @@ def plain(value: Any, where: str = "state") -> Any:
         value = value.item()
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return as_tensor(value.copy())
+    if isinstance(value, np.ndarray) and value.dtype.kind == "U":
+        value = value.tolist()
     if isinstance(value, Tensor):
         return value.detach().as_subclass(Tensor)
-    if isinstance(value, dict):
-        return {plain(key, f"a key of {where}"): plain(child, f"{where}[{key!r}]") for key, child in value.items()}
+    if isinstance(value, Mapping):
+        keys = {key: plain(key, f"a key of {where}") if lost is None else _key(key) for key in value}
+        parts = {keys[key]: plain(child, f"{where}[{key!r}]", lost) for key, child in value.items()}
+        return {key: part for key, part in parts.items() if part is not _Lost}
     if isinstance(value, (list, tuple)):
-        children = [plain(child, f"{where}[{i}]") for i, child in enumerate(value)]
+        children = [plain(child, f"{where}[{i}]", lost) for i, child in enumerate(value)]
+        children = [child for child in children if child is not _Lost]
         return tuple(children) if isinstance(value, tuple) else children
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
@@ -44,10 +55,20 @@ def plain(value: Any, where: str = "state") -> Any:
     if value is None:
         return None
     what = f"numpy {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
-    raise TypeError(
+    message = (
         f"{where} is of type {what}; a checkpoint takes tensors, numpy arrays of numbers, numbers, words, None, lists, "
         "tuples and dicts."
     )
+    if lost is None:
+        raise TypeError(message)
+    lost(message)
+    return _Lost
+
+
+def _key(key: Any) -> str | int:
+    """A key as a file can have it, where nothing is to be refused."""
+    key = key.item() if isinstance(key, np.generic) else key
+    return key if type(key) in (str, int) else str(key)
 
 
 def size_in_bytes(value: Any) -> int:
